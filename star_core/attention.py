@@ -1,0 +1,137 @@
+"""Cosine attention over token maps and over text, and the key-value cache of one picture (paper 4.1).
+
+Queries and keys have unit length; a learned scale per head, at most 100, stands in for 1 / sqrt(d).
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .rope import Rotation, rotate
+
+MAX_LOG_SCALE = math.log(100)
+INITIAL_LOG_SCALE = math.log(4)
+
+
+class LayerCache:
+    """Keys and values (R, H, capacity, head_width) of the scales that one block has seen."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.filled = 0
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all keys and values, the given scale's included.
+
+        A scale that no longer fits is not stored: nothing reads the last one (40 % of the cache).
+        """
+        start, stop = self.filled, self.filled + keys.shape[2]
+        if stop > self.keys.shape[2]:
+            seen = self.keys[:, :, :start], self.values[:, :, :start]
+            return torch.cat([seen[0], keys], dim=2), torch.cat([seen[1], values], dim=2)
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
+        self.filled = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class KVCache:
+    """One LayerCache per block, made for one batch of pictures and gone with it."""
+
+    def __init__(
+        self,
+        depth: int,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layers = tuple(LayerCache(shape, dtype, device) for _ in range(depth))
+
+
+class TextKeys(NamedTuple):
+    """What one block's cross-attention reads of the text: keys and values (B, H, T, head_width).
+
+    `mask` (B, 1, 1, T) is True at real tokens; padding is masked in training and inference.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+
+
+def _queries(x: Tensor, log_scale: Tensor) -> Tensor:
+    # In float32: a bfloat16 logarithm would move a scale of 100 by a percent.
+    scale = log_scale.to(x.device, torch.float32).clamp_max(MAX_LOG_SCALE).exp()
+    return (F.normalize(x, dim=-1) * scale).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Attention over the tokens of a picture, rotated by their place in the token map."""
+
+    def __init__(self, width: int, heads: int, *, operations: ModuleType = nn) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = operations.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), INITIAL_LOG_SCALE))
+        self.proj = operations.Linear(width, width)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        *,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Map (R, L, C) to (R, L, C). `mask` (L, L) is True where a row's token may look."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, v = q + self.q_bias.to(q), v + self.v_bias.to(v)
+        q, k, v = (rearrange(t, "r l (h d) -> r h l d", h=self.heads) for t in (q, k, v))
+        # The rotation keeps lengths, so that rotating first, as the official code does, is equal.
+        q = _queries(rotate(q, rotation), self.log_scale)
+        k = F.normalize(rotate(k, rotation), dim=-1)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        projected: Tensor = self.proj(rearrange(mixed, "r h l d -> r l (h d)"))
+        return projected
+
+
+class CrossAttention(nn.Module):
+    """Attention from the tokens of a picture to the tokens of its text. No rotation."""
+
+    def __init__(self, width: int, heads: int, text_width: int, *, operations: ModuleType = nn) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = operations.Linear(width, width, bias=False)
+        self.kv = operations.Linear(text_width, 2 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), INITIAL_LOG_SCALE))
+        self.proj = operations.Linear(width, width)
+
+    def text_keys(self, hidden: Tensor, mask: Tensor) -> TextKeys:
+        """Return the keys and values of text states (B, T, D) with mask (B, T), True at real tokens."""
+        k, v = self.kv(hidden).chunk(2, dim=-1)
+        v = v + self.v_bias.to(v)
+        k, v = (rearrange(t, "b t (h d) -> b h t d", h=self.heads) for t in (k, v))
+        return TextKeys(F.normalize(k, dim=-1), v, rearrange(mask, "b t -> b 1 1 t"))
+
+    def forward(self, x: Tensor, text: TextKeys) -> Tensor:
+        """Map (B, L, C) to (B, L, C)."""
+        q = self.q(x)
+        q = rearrange(q + self.q_bias.to(q), "b l (h d) -> b h l d", h=self.heads)
+        q = _queries(q, self.log_scale)
+        mixed = F.scaled_dot_product_attention(q, text.keys, text.values, attn_mask=text.mask, scale=1.0)
+        projected: Tensor = self.proj(rearrange(mixed, "b h l d -> b l (h d)"))
+        return projected

@@ -1,0 +1,183 @@
+"""What a weight file holds: facts read from names and shapes, the configuration they fit, loading.
+
+A converted file carries its configuration in the metadata. Names and shapes alone cannot tell the 256 px and
+512 px models apart, nor say the rotary base: a bare state dict needs a preset, and one that the file
+contradicts is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from .causal_sampler import CausalSampler
+from .config import PRESETS, StarConfig, TransformerConfig, VQVAEConfig, preset
+from .key_tables import STAR_KEYS, VQVAE_KEYS
+from .transformer import Transformer
+from .vqvae import VQVAE
+from .weights import (
+    METADATA_KEY,
+    TensorFile,
+    build_on_meta,
+    fill,
+    official_state,
+    save_tensors,
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What names and shapes say about a transformer file."""
+
+    depth: int
+    width: int
+    heads: int
+    scales: int
+    text_width: int
+    codebook_size: int
+    code_width: int
+    sampler_depth: int
+
+    def contradictions(self, config: TransformerConfig) -> list[str]:
+        """Return a phrase for every field in which a configuration and the file differ."""
+        return [
+            f"{field.name} is {getattr(self, field.name)} in the file and"
+            f" {getattr(config, field.name)} in the preset"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(config, field.name)
+        ]
+
+
+def transformer_facts(shapes: Mapping[str, tuple[int, ...]], source: str) -> Facts:
+    """Read the facts from official names and shapes. Raises ValueError for another model's file."""
+    try:
+        width, code_width = shapes["word_embed.weight"]
+        return Facts(
+            depth=_blocks(shapes, "blocks"),
+            width=width,
+            heads=shapes["blocks.0.attn.scale_mul_1H11"][1],
+            scales=shapes["lvl_embed.weight"][0],
+            text_width=shapes["encoder_proj.weight"][1],
+            codebook_size=shapes["head_logits.weight"][0],
+            code_width=code_width,
+            sampler_depth=_blocks(shapes, "feat_extract_blocks"),
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        first = next(iter(shapes), "nothing")
+        raise ValueError(
+            f"{source}: not a STAR transformer, it has no usable {error!s:.60} (its first tensor is"
+            f" {first}). Give the transformer's file here; the VQ-VAE and the text encoder have their"
+            " own places"
+        ) from error
+
+
+def _blocks(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    numbers = [
+        int(match.group(1)) for name in shapes if (match := re.match(rf"{prefix}\.(\d+)\.attn\.q_bias$", name))
+    ]
+    return max(numbers, default=-1) + 1
+
+
+def resolve_config(
+    file: TensorFile, preset_name: str | None, overrides: Mapping[str, object] | None = None
+) -> StarConfig:
+    """Return the configuration of a transformer file, from its metadata or from a preset.
+
+    Raises ValueError where neither says it, or where preset, metadata and tensors contradict each other.
+    """
+    facts = transformer_facts({name: file.shape(name) for name in file}, str(file.path))
+    stored = file.metadata.get(METADATA_KEY)
+    if stored is not None:
+        config = StarConfig.from_json(stored)
+        if preset_name is not None and preset(preset_name, overrides) != config:
+            raise ValueError(
+                f"{file.path} says of itself that it is {config.name}, which preset {preset_name}"
+                " contradicts: leave the preset out"
+            )
+    elif preset_name is None:
+        fitting = [n for n, c in PRESETS.items() if not facts.contradictions(c.transformer)]
+        choice = ", ".join(fitting) or "none: write the configuration with `convert`"
+        raise ValueError(
+            f"{file.path} does not say which model it is: choose a preset. By names and shapes it can"
+            f" be: {choice}"
+        )
+    else:
+        config = preset(preset_name, overrides)
+    wrong = facts.contradictions(config.transformer)
+    if wrong:
+        raise ValueError(f"{file.path} is not {config.name}: {'; '.join(wrong)}")
+    return config
+
+
+class Networks(nn.Module):
+    """Transformer and, where the checkpoint has one, causal sampler: what one file fills."""
+
+    def __init__(self, config: TransformerConfig, *, operations: ModuleType = nn) -> None:
+        super().__init__()
+        self.transformer = Transformer(config, operations=operations)
+        self.causal_sampler = CausalSampler(config, operations=operations) if config.has_sampler else None
+
+
+def load_networks(
+    path: Path,
+    *,
+    preset_name: str | None = None,
+    overrides: Mapping[str, object] | None = None,
+    operations: ModuleType = nn,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[StarConfig, Networks]:
+    """Load transformer and causal sampler from a safetensors file, strictly.
+
+    Raises ValueError naming file, key and remedy.
+    """
+    file = TensorFile(path)
+    config = resolve_config(file, preset_name, overrides)
+    networks = build_on_meta(lambda: Networks(config.transformer, operations=operations))
+    fill(networks, file, STAR_KEYS, source=str(path), dtype=dtype, device=device)
+    return config, networks
+
+
+def load_vqvae(
+    path: Path,
+    config: VQVAEConfig | None = None,
+    *,
+    operations: ModuleType = nn,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> VQVAE:
+    """Load a VQ-VAE from a safetensors file; `config` must agree with what the file says of itself."""
+    file = TensorFile(path)
+    stored = stored_vqvae_config(file)
+    if config is not None and stored is not None and stored != config:
+        raise ValueError(
+            f"{path} holds another VQ-VAE than the checkpoint was trained with: {stored} instead of {config}"
+        )
+    chosen = config or stored or VQVAEConfig()
+    vqvae = build_on_meta(lambda: VQVAE(chosen, operations=operations))
+    return fill(vqvae, file, VQVAE_KEYS, source=str(path), dtype=dtype, device=device)
+
+
+def stored_vqvae_config(file: TensorFile) -> VQVAEConfig | None:
+    """Return the VQ-VAE configuration of a file's metadata, None where it has none."""
+    stored = file.metadata.get(METADATA_KEY)
+    if stored is None:
+        return None
+    try:
+        return VQVAEConfig(**json.loads(stored)["vqvae"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file.path}: its metadata describes no VQ-VAE ({error})") from error
+
+
+def save_networks(path: Path, config: StarConfig, networks: Networks) -> None:
+    """Write transformer and causal sampler with the whole configuration in the metadata."""
+    tensors: dict[str, Tensor] = official_state(networks, STAR_KEYS)
+    save_tensors(path, tensors, {METADATA_KEY: config.to_json()})

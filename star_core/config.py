@@ -1,0 +1,282 @@
+"""What a checkpoint is: sizes, token maps and the facts its file does not say. No torch here.
+
+A configuration is data. Everything that differs between two STAR checkpoints (width, scales, rotary base,
+which text a row's cross-attention reads) stands in these frozen records, travels in safetensors metadata as
+one JSON string, and is checked when it is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+TokenMap = tuple[int, int]
+"""(height, width) of one scale's token map."""
+
+CrossAttention = Literal["paired", "independent"]
+"""`paired`: the unconditional row gets its conditional twin's cross-attention (what the released weights were
+trained with); `independent`: each row reads its own text (the paper's equation)."""
+
+MAP_AREA_TOLERANCE = 0.12
+"""How far a stretched token map's area may stray from the trained one (relative, rounding included)."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def square_maps(sides: Sequence[int]) -> tuple[TokenMap, ...]:
+    """Return the square token maps with these sides, coarse to fine."""
+    return tuple((side, side) for side in sides)
+
+
+def token_count(maps: Sequence[TokenMap]) -> int:
+    """Return the number of tokens in all maps together."""
+    return sum(height * width for height, width in maps)
+
+
+def check_maps(maps: Sequence[TokenMap]) -> None:
+    """Refuse token maps that are empty, not positive, or that shrink from one scale to the next."""
+    _require(len(maps) > 1, f"a model needs at least two scales, got {list(maps)}")
+    for before, after in zip(maps, maps[1:], strict=False):
+        grows = before[0] <= after[0] and before[1] <= after[1]
+        _require(grows, f"token maps must not shrink from coarse to fine: {before} before {after}")
+    _require(min(min(m) for m in maps) >= 1, f"token maps need positive sides, got {list(maps)}")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the scale-wise transformer and, where present, of its causal sampler (paper 4.1-4.3)."""
+
+    depth: int
+    width: int
+    heads: int
+    scales: int
+    text_width: int
+    codebook_size: int
+    code_width: int = 32
+    rope_theta: float = 10_000.0
+    rope_extent: float = 64.0
+    cross_attention: CrossAttention = "paired"
+    sampler_depth: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "depth",
+            "width",
+            "heads",
+            "scales",
+            "text_width",
+            "codebook_size",
+            "code_width",
+        ):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} must be positive, got {value}")
+        _require(
+            self.width % self.heads == 0,
+            f"width {self.width} cannot be split into {self.heads} heads",
+        )
+        _require(
+            self.head_width % 4 == 0,
+            f"axial RoPE needs a head width divisible by 4, got {self.width}/{self.heads} = {self.head_width}",
+        )
+        _require(self.sampler_depth >= 0, f"sampler_depth cannot be {self.sampler_depth}")
+        _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
+        _require(self.rope_extent > 0, f"rope_extent must be positive, got {self.rope_extent}")
+        _require(
+            self.cross_attention in get_args(CrossAttention),
+            f"cross_attention is one of {get_args(CrossAttention)}, got {self.cross_attention!r}",
+        )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def has_sampler(self) -> bool:
+        return self.sampler_depth > 0
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """Sizes of the multi-scale VQ-VAE: taming's encoder and decoder around a residual quantizer."""
+
+    base_channels: int = 160
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    residual_blocks: int = 2
+    codebook_size: int = 4096
+    code_width: int = 32
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        _require(len(self.channel_multipliers) > 0, "channel_multipliers is empty")
+        for multiplier in self.channel_multipliers:
+            channels = self.base_channels * multiplier
+            _require(
+                channels > 0 and channels % self.norm_groups == 0,
+                f"{channels} channels cannot be normalised in {self.norm_groups} groups",
+            )
+        _require(self.residual_blocks > 0, f"residual_blocks cannot be {self.residual_blocks}")
+        _require(self.codebook_size > 0 and self.code_width > 0, "the codebook is empty")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent cell along a side: 2 ** (levels - 1)."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+
+@dataclass(frozen=True)
+class StarConfig:
+    """A whole model: transformer, VQ-VAE and the token maps it was trained on.
+
+    `schedule` is the text of the schedule that suits the checkpoint (see schedule.py); `name` is for people.
+    """
+
+    name: str
+    transformer: TransformerConfig
+    vqvae: VQVAEConfig
+    maps: tuple[TokenMap, ...]
+    schedule: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "maps", tuple((int(h), int(w)) for h, w in self.maps))
+        check_maps(self.maps)
+        _require(
+            len(self.maps) == self.transformer.scales,
+            f"{self.name}: {len(self.maps)} token maps, but the transformer has"
+            f" {self.transformer.scales} scales",
+        )
+        for name in ("codebook_size", "code_width"):
+            ours, theirs = getattr(self.transformer, name), getattr(self.vqvae, name)
+            _require(
+                ours == theirs,
+                f"{self.name}: {name} is {ours} in the transformer and {theirs} in the VQ-VAE",
+            )
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(height, width) in pixels of the trained pictures."""
+        height, width = self.maps[-1]
+        return height * self.vqvae.downsample, width * self.vqvae.downsample
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> StarConfig:
+        """Read `to_json`'s text back. Raises ValueError naming the field that is wrong or missing."""
+        try:
+            record = json.loads(text)
+            return StarConfig(
+                name=record["name"],
+                transformer=TransformerConfig(**record["transformer"]),
+                vqvae=VQVAEConfig(**record["vqvae"]),
+                maps=tuple((h, w) for h, w in record["maps"]),
+                schedule=record["schedule"],
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a STAR configuration ({error!s:.200}): {text:.120}") from error
+
+
+def maps_for_size(config: StarConfig, height: int, width: int) -> tuple[tuple[TokenMap, ...], bool]:
+    """Return the token maps for a picture of (height, width) pixels and whether they were trained.
+
+    Another aspect ratio gets maps of nearly the trained area per scale, as VAR's community and the
+    normalised RoPE of paper 4.2 allow; they work to a degree only, hence the flag.
+    Raises ValueError, with the sizes that exist, for anything else.
+    """
+    if (height, width) == config.resolution:
+        return config.maps, True
+    stretched = dict(_stretched_sizes(config))
+    if (height, width) in stretched:
+        return stretched[height, width], False
+    sizes = ", ".join(f"{w}x{h}" for h, w in sorted(stretched))
+    trained = f"{config.resolution[1]}x{config.resolution[0]}"
+    raise ValueError(
+        f"{config.name} cannot draw {width}x{height} pixels. Trained: {trained}. Untrained, same area: {sizes}"
+    )
+
+
+def untrained_sizes(config: StarConfig) -> list[tuple[int, int]]:
+    """Return the (height, width) in pixels that `maps_for_size` offers beside the trained size."""
+    return sorted(size for size, _ in _stretched_sizes(config))
+
+
+def _stretched_sizes(
+    config: StarConfig,
+) -> list[tuple[tuple[int, int], tuple[TokenMap, ...]]]:
+    last_height, last_width = config.maps[-1]
+    area = last_height * last_width
+    found = []
+    for height in range(max(1, math.ceil(last_height / 2)), 2 * last_height + 1):
+        width = round(area / height)
+        if (height, width) == (last_height, last_width) or not 0.5 <= width / last_width <= 2:
+            continue
+        if abs(height * width / area - 1) > MAP_AREA_TOLERANCE:
+            continue
+        ratio = (height / last_height, width / last_width)
+        maps = tuple((max(1, round(h * ratio[0])), max(1, round(w * ratio[1]))) for h, w in config.maps[:-1])
+        side = config.vqvae.downsample
+        found.append(((height * side, width * side), (*maps, (height, width))))
+    return found
+
+
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+SCALES_512_LONG = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 24, 32)
+SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+
+
+def _released(name: str, depth: int, sides: Sequence[int], schedule: str, sampler_depth: int = 0) -> StarConfig:
+    return StarConfig(
+        name=name,
+        transformer=TransformerConfig(
+            depth=depth,
+            width=64 * depth,
+            heads=depth,
+            scales=len(sides),
+            text_width=1024,
+            codebook_size=4096,
+            sampler_depth=sampler_depth,
+        ),
+        vqvae=VQVAEConfig(),
+        maps=square_maps(sides),
+        schedule=schedule,
+    )
+
+
+PRESETS: Mapping[str, StarConfig] = {
+    config.name: config
+    for config in (
+        _released("star-256-d16", 16, SCALES_256, "official-256"),
+        _released("star-256-d30", 30, SCALES_256, "official-256"),
+        _released("star-512-d30", 30, SCALES_512, "official-512"),
+        _released("star-512-d30-12-scales", 30, SCALES_512_LONG, "official-512"),
+        _released("star-1024-d30", 30, SCALES_1024, "official-512"),
+        _released("star-1024-d30-sampler", 30, SCALES_1024, "official-1024", sampler_depth=3),
+    )
+}
+"""The released checkpoints (official-star.md section 4). Files that say nothing need one of these names."""
+
+
+def preset(name: str, overrides: Mapping[str, Any] | None = None) -> StarConfig:
+    """Return a released configuration, with transformer fields replaced by `overrides`.
+
+    One official 256 px sampler run, for instance, has rope_theta 100 and rope_extent 32.
+    Raises ValueError for an unknown name or field.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}. There are: {', '.join(PRESETS)}")
+    config = PRESETS[name]
+    if not overrides:
+        return config
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    unknown = sorted(set(overrides) - fields)
+    _require(not unknown, f"no field {', '.join(unknown)} to override. There are: {sorted(fields)}")
+    return dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, **overrides))

@@ -1,0 +1,173 @@
+"""Official .pth files to safetensors that say what they are.
+
+The official files are pickles whose transformer lies under ["trainer"]["var_wo_ddp"] beside the optimizer; a
+bare state dict is read too. They are opened memory-mapped, and every tensor is written as it is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Networks, transformer_facts
+from .config import PRESETS, StarConfig, VQVAEConfig, preset, square_maps
+from .key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
+from .vqvae import VQVAE
+from .weights import METADATA_KEY, build_on_meta, check_keys, read_pickle, save_tensors, vqvae_record
+
+log = logging.getLogger(__name__)
+
+TRANSFORMER_PATHS = (("trainer", "var_wo_ddp"), ("var_wo_ddp",), ("trainer", "var"))
+VQVAE_PATHS = (("trainer", "vae_local"), ("vae_local",))
+TEXT_PATHS = (("trainer", "text_enc"), ("text_enc",))
+CONFIG_PATHS = (("trainer", "config"), ("config",))
+TEXT_PREFIX = "text_encoder."
+
+
+@dataclass(frozen=True)
+class Written:
+    """One file that `convert` wrote and what it holds."""
+
+    path: Path
+    what: str
+    tensors: int
+
+
+def _find(content: Any, paths: tuple[tuple[str, ...], ...]) -> Any:
+    for path in paths:
+        found = content
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if found is not None:
+            return found
+    return None
+
+
+def _tensors(found: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    preset_name: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = torch.float16,
+) -> list[Written]:
+    """Write the parts of an official .pth into folder `out`; return what was written.
+
+    Transformer (and causal sampler), VQ-VAE and text encoder each become a safetensors file where the
+    source holds them. dtype None keeps the stored one. Raises ValueError naming file, key and remedy.
+    """
+    content = read_pickle(source)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{source}: holds {type(content).__name__}, not a checkpoint's dictionary")
+    written = []
+    bare = {k.split(".")[0] for k in content if isinstance(k, str)}
+    transformer = _find(content, TRANSFORMER_PATHS)
+    vqvae = _find(content, VQVAE_PATHS)
+    if transformer is None and "word_embed" in bare:
+        transformer = content
+    if vqvae is None and {"encoder", "decoder", "quantize"} <= bare:
+        vqvae = content
+    if transformer is not None:
+        config = _config(source, content, _tensors(transformer), preset_name, overrides)
+        written.append(_write_star(source, out, _tensors(transformer), config, dtype))
+    if vqvae is not None:
+        written.append(_write_vqvae(source, out, _tensors(vqvae), dtype))
+    if (text := _find(content, TEXT_PATHS)) is not None:
+        written.append(_write_text(out, _tensors(text), dtype))
+    if not written:
+        names = ", ".join(str(key) for key in list(content)[:6])
+        raise ValueError(
+            f"{source}: no STAR transformer and no VQ-VAE in it (it begins with {names}). Expected"
+            " trainer.var_wo_ddp or a bare state dict"
+        )
+    return written
+
+
+def _config(
+    source: Path,
+    content: Mapping[Any, Any],
+    tensors: Mapping[str, Tensor],
+    preset_name: str | None,
+    overrides: Mapping[str, Any] | None,
+) -> StarConfig:
+    facts = transformer_facts({n: tuple(t.shape) for n, t in tensors.items()}, str(source))
+    stored = _find(content, CONFIG_PATHS)
+    sides = stored.get("patch_nums") if isinstance(stored, Mapping) else None
+    fitting = {n: c for n, c in PRESETS.items() if not facts.contradictions(c.transformer)}
+    if sides is not None:
+        maps = square_maps([int(side) for side in sides])
+        fitting = {n: c for n, c in fitting.items() if c.maps == maps}
+    if preset_name is None:
+        if len(fitting) != 1:
+            choice = ", ".join(fitting) or "none that is released"
+            raise ValueError(
+                f"{source} does not say which model it is: give --preset. By names, shapes and scales"
+                f" it can be: {choice}"
+            )
+        preset_name = next(iter(fitting))
+    config = preset(preset_name, overrides)
+    wrong = facts.contradictions(config.transformer)
+    if sides is not None and config.maps != square_maps([int(side) for side in sides]):
+        wrong.append(f"the scales are {list(sides)} in the file")
+    if wrong:
+        raise ValueError(f"{source} is not {preset_name}: {'; '.join(wrong)}")
+    return config
+
+
+def _kept(tensors: Mapping[str, Tensor], table: KeyTable, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    kept = {}
+    for name, tensor in tensors.items():
+        if reason := table.reason_dropped(name):
+            log.info("%s left out: %s", name, reason)
+            continue
+        exact = dtype is None or name.endswith("scale_mul_1H11")
+        # One tensor at a time leaves the memory-mapped file; together they are half its weights.
+        kept[name] = (tensor if exact else tensor.to(dtype)).contiguous()
+    return kept
+
+
+def _write_star(
+    source: Path,
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    config: StarConfig,
+    dtype: torch.dtype | None,
+) -> Written:
+    check_keys(build_on_meta(lambda: Networks(config.transformer)), tensors, STAR_KEYS, str(source))
+    kept = _kept(tensors, STAR_KEYS, dtype)
+    path = out / "star.safetensors"
+    save_tensors(path, kept, {METADATA_KEY: config.to_json()})
+    return Written(path, f"transformer of {config.name}", len(kept))
+
+
+def _write_vqvae(source: Path, out: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Written:
+    config = VQVAEConfig(
+        base_channels=tensors["encoder.conv_in.weight"].shape[0],
+        codebook_size=tensors["quantize.embedding.weight"].shape[0],
+    )
+    check_keys(build_on_meta(lambda: VQVAE(config)), tensors, VQVAE_KEYS, str(source))
+    kept = _kept(tensors, VQVAE_KEYS, dtype)
+    path = out / "vqvae.safetensors"
+    save_tensors(path, kept, {METADATA_KEY: vqvae_record(config)})
+    return Written(path, "VQ-VAE", len(kept))
+
+
+def _write_text(out: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Written:
+    kept = {
+        name.removeprefix(TEXT_PREFIX): (tensor if dtype is None else tensor.to(dtype)).contiguous()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point()
+    }
+    path = out / "text_encoder.safetensors"
+    save_tensors(path, kept, {})
+    return Written(path, "text encoder", len(kept))

@@ -1,0 +1,342 @@
+"""The loop over scales: the paper's sections 3 and 4 read aloud.
+
+For each scale, coarse to fine: the transformer looks at the picture so far, a token map is drawn from its
+logits (all at once, softly, or step by step through the causal sampler), and the quantizer adds the map's
+codebook vectors to f_hat. One `ScaleStep` is yielded per scale; whoever stops iterating stops the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from .attention import TextKeys
+from .causal_sampler import CausalSampler, PartialMap, Refinement, refine, sampler_logits
+from .config import TokenMap, token_count
+from .quantizer import MultiScaleQuantizer
+from .rope import Rotation
+from .sampling import PictureSeed, ScaleNoise, draw, guide, smooth_weights
+from .schedule import ScalePolicy, ScaleSchedule
+from .text_encoder import TextStates
+from .transformer import Transformer, longest_cache
+
+
+@dataclass(frozen=True)
+class PromptSpan:
+    """The text of B pictures that holds from scale `start` on, and the text that guidance leads away from.
+
+    With paired cross-attention the unconditional text acts through its pooled state alone: in the start
+    token, where the span starts at scale 0, and in the causal sampler.
+    """
+
+    conditional: TextStates
+    unconditional: TextStates
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class ScaleStep:
+    """One finished scale: tokens (B, h * w) int64 and f_hat (B, D, H, W) float32 with this scale in it.
+
+    `given`: taken from a prefix, not drawn. `soft`: drawn smooth; tokens are the likeliest ones, for
+    display, and do not rebuild f_hat.
+    """
+
+    scale: int
+    token_map: TokenMap
+    tokens: Tensor
+    f_hat: Tensor
+    given: bool = False
+    soft: bool = False
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """Tokens to keep at every scale: tokens and masks, each (B, h * w) per scale, True where kept."""
+
+    tokens: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that one batch of pictures depends on besides the weights.
+
+    prompts: spans by rising start, the first at scale 0. prefix: finished scales to begin with (from an
+    earlier run or from an encoded picture). stop: how many scales to run, None for all.
+    """
+
+    prompts: tuple[PromptSpan, ...]
+    maps: tuple[TokenMap, ...]
+    schedule: ScaleSchedule
+    seeds: tuple[PictureSeed, ...]
+    prefix: tuple[ScaleStep, ...] = ()
+    stop: int | None = None
+    kept: KeptTokens | None = None
+
+    def __post_init__(self) -> None:
+        starts = [span.start for span in self.prompts]
+        if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+            raise ValueError(f"prompt spans start at rising scales, the first at 0, got {starts}")
+        scales = len(self.maps)
+        if starts[-1] >= scales:
+            raise ValueError(f"a prompt starts at scale {starts[-1]}, the model has {scales} scales")
+        if self.stop is not None and not 1 <= self.stop <= scales:
+            raise ValueError(f"can stop after 1 to {scales} scales, not after {self.stop}")
+        if len(self.prefix) > (self.stop or scales):
+            raise ValueError(f"{len(self.prefix)} scales are given, {self.stop or scales} are wanted")
+        for span in self.prompts:
+            for text in (span.conditional, span.unconditional):
+                if len(text.pooled) != len(self.seeds):
+                    raise ValueError(f"{len(text.pooled)} texts for {len(self.seeds)} pictures")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        batch = len(self.seeds)
+        shapes = [(batch, height * width) for height, width in self.maps]
+        for scale, step in enumerate(self.prefix):
+            if tuple(step.tokens.shape) != shapes[scale] or step.token_map != self.maps[scale]:
+                raise ValueError(
+                    f"given scale {scale + 1} has tokens {tuple(step.tokens.shape)} of a"
+                    f" {step.token_map} map, wanted {shapes[scale]} of {self.maps[scale]}"
+                )
+        if self.kept is not None:
+            for name, tensors in (("tokens", self.kept.tokens), ("masks", self.kept.masks)):
+                got = [tuple(t.shape) for t in tensors]
+                if got != shapes:
+                    raise ValueError(f"kept {name} have shapes {got}, wanted {shapes}")
+
+
+@dataclass
+class _Picture:
+    """The state of one batch while it is drawn: rows are B conditional ones, then their twins."""
+
+    transformer: Transformer
+    request: Request
+    twins: bool
+    device: torch.device
+    rotation: Rotation = field(init=False)
+    text_keys: tuple[TextKeys, ...] = field(init=False)
+    pooled: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        maps = self.request.maps
+        rows = len(self.request.seeds) * (2 if self.twins else 1)
+        self.rotation = self.transformer.rotations(maps).to(self.device)
+        self.cache = self.transformer.new_cache(rows, longest_cache(maps), self.device)
+        self.offsets = [token_count(maps[:scale]) for scale in range(len(maps) + 1)]
+
+    def read_prompt(self, scale: int) -> None:
+        """Take in the span that starts at this scale, if one does."""
+        for span in self.request.prompts:
+            if span.start == scale:
+                self._read(span)
+
+    def _read(self, span: PromptSpan) -> None:
+        rows = [span.conditional, span.unconditional] if self.twins else [span.conditional]
+        self.pooled = torch.cat([text.pooled for text in rows]).to(self.device)
+        if self.transformer.config.cross_attention == "paired":
+            rows = rows[:1]
+        hidden = torch.cat([text.hidden for text in rows]).to(self.device)
+        mask = torch.cat([text.mask for text in rows]).to(self.device)
+        self.text_keys = self.transformer.text_keys(hidden, mask)
+
+    def scale_rotation(self, scale: int) -> Rotation:
+        return self.rotation.rows(self.offsets[scale], self.offsets[scale + 1])
+
+    def sampler_rotation(self, scale: int) -> Rotation:
+        """Return position 0's rotation, then the scale's, for the causal sampler's extra position."""
+        positions = torch.arange(self.offsets[scale], self.offsets[scale + 1], device=self.device)
+        return self.rotation.select(torch.cat([positions.new_zeros(1), positions]))
+
+    def first_input(self) -> Tensor:
+        height, width = self.request.maps[0]
+        start = self.transformer.start_token(self.pooled)
+        return repeat(start, "r 1 c -> r n c", n=height * width)
+
+    def next_input(self, codes: Tensor, scale: int) -> Tensor:
+        x = self.transformer.scale_input(codes, scale)
+        return repeat(x, "b n c -> (twins b) n c", twins=2 if self.twins else 1)
+
+    def guided_logits(self, features: Tensor, strength: float) -> Tensor:
+        """Return guided logits (B, n, V); twins' logits are computed only where guidance is on."""
+        batch = len(self.request.seeds)
+        if strength == 0:
+            return self.transformer.logits(features[:batch])
+        logits = self.transformer.logits(features)
+        return guide(logits[:batch], logits[batch:], strength)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A drawn scale: tokens (B, n), and codes (B, D, h, w) to add to f_hat."""
+
+    tokens: Tensor
+    codes: Tensor
+    soft: bool = False
+
+
+def generate(
+    transformer: Transformer,
+    sampler: CausalSampler | None,
+    quantizer: MultiScaleQuantizer,
+    request: Request,
+    device: torch.device,
+) -> Iterator[ScaleStep]:
+    """Yield every scale of a batch of pictures as it is finished, given ones included.
+
+    Raises ValueError for a schedule that this model cannot run. Nothing outlives the generator.
+    """
+    maps = request.maps
+    config = transformer.config
+    schedule = request.schedule.fit(maps, config.codebook_size, has_sampler=sampler is not None)
+    picture = _Picture(transformer, request, schedule.guided, device)
+    f_hat = quantizer.empty_f_hat(len(request.seeds), maps, device)
+    for scale in range(request.stop or len(maps)):
+        features = _look(picture, quantizer, f_hat, scale)
+        if scale < len(request.prefix):
+            step = _given(request.prefix[scale], device)
+        else:
+            drawn = _draw_scale(picture, sampler, quantizer, schedule, features, scale)
+            step = _add(drawn, quantizer, f_hat, scale, maps)
+        del features
+        f_hat = step.f_hat
+        yield step
+
+
+@torch.no_grad()
+def _look(picture: _Picture, quantizer: MultiScaleQuantizer, f_hat: Tensor, scale: int) -> Tensor:
+    """Run the transformer over one scale; return the last block's output (R, n, C)."""
+    picture.read_prompt(scale)
+    if scale == 0:
+        x = picture.first_input()
+    else:
+        codes = quantizer.next_input(f_hat, picture.request.maps[scale])
+        x = picture.next_input(codes, scale)
+    return picture.transformer.features(
+        x, picture.scale_rotation(scale), picture.text_keys, cache=picture.cache
+    )
+
+
+@torch.no_grad()
+def _draw_scale(
+    picture: _Picture,
+    sampler: CausalSampler | None,
+    quantizer: MultiScaleQuantizer,
+    schedule: ScaleSchedule,
+    features: Tensor,
+    scale: int,
+) -> _Drawn:
+    request = picture.request
+    policy = schedule.scales[scale]
+    noise = ScaleNoise(request.seeds, scale, picture.device)
+    logits = picture.guided_logits(features, policy.guidance)
+    kept = _kept_at(request, scale, picture.device)
+    if policy.smooth:
+        return _draw_smooth(logits, quantizer, noise, policy, kept, scale, request.maps)
+    if policy.steps:
+        assert sampler is not None, "fit() refuses sampler steps without a sampler"
+        tokens = _refine_map(picture, sampler, quantizer, schedule, features, logits, scale, kept)
+    else:
+        drawn = draw(
+            logits,
+            noise.uniform(logits.shape[1]),
+            top_k=policy.top_k,
+            top_p=policy.top_p,
+            temperature=policy.temperature,
+        )
+        tokens = torch.where(kept.known, kept.tokens, drawn.tokens)
+    return _Drawn(tokens, quantizer.lookup(tokens, request.maps[scale]))
+
+
+def _draw_smooth(
+    logits: Tensor,
+    quantizer: MultiScaleQuantizer,
+    noise: ScaleNoise,
+    policy: ScalePolicy,
+    kept: PartialMap,
+    scale: int,
+    maps: Sequence[TokenMap],
+) -> _Drawn:
+    if policy.temperature != 1.0:
+        logits = logits / policy.temperature
+    weights = smooth_weights(logits, noise.gumbel(*logits.shape[1:]), scale / (len(maps) - 1))
+    tokens = torch.where(kept.known, kept.tokens, weights.argmax(dim=-1))
+    expected = weights @ quantizer.codebook_vectors(weights.device)
+    height, width = maps[scale]
+    codes = rearrange(expected, "b (h w) d -> b d h w", h=height, w=width)
+    known = rearrange(kept.known, "b (h w) -> b 1 h w", h=height, w=width)
+    exact = quantizer.lookup(tokens, maps[scale])
+    return _Drawn(tokens, torch.where(known, exact, codes), soft=True)
+
+
+def _refine_map(
+    picture: _Picture,
+    sampler: CausalSampler,
+    quantizer: MultiScaleQuantizer,
+    schedule: ScaleSchedule,
+    features: Tensor,
+    logits: Tensor,
+    scale: int,
+    kept: PartialMap,
+) -> Tensor:
+    """Return the tokens (B, n) that the causal sampler's steps settle on."""
+    rotation = picture.sampler_rotation(scale)
+    token_map = picture.request.maps[scale]
+
+    def guided_by_known(tokens: Tensor, known: Tensor) -> Tensor:
+        vectors = rearrange(quantizer.lookup(tokens, token_map), "b d h w -> b (h w) d")
+        codes = vectors * known.unsqueeze(-1)
+        return sampler_logits(
+            sampler, codes, features, picture.pooled, scale, rotation, schedule.sampler_guidance
+        )
+
+    work = Refinement(
+        transformer_logits=logits,
+        logits=guided_by_known,
+        policy=schedule.scales[scale],
+        strategy=schedule.strategy,
+        noise=ScaleNoise(picture.request.seeds, scale, picture.device),
+    )
+    filled = kept
+    for filled in refine(work, kept):
+        assert filled.tokens.shape == kept.tokens.shape, "refine keeps the map's shape"
+    assert bool(filled.known.all()), "the unmask schedule must cover the whole map"
+    return filled.tokens
+
+
+def _kept_at(request: Request, scale: int, device: torch.device) -> PartialMap:
+    """Return the tokens to keep at a scale; nothing is known where the request keeps none."""
+    height, width = request.maps[scale]
+    shape = (len(request.seeds), height * width)
+    if request.kept is None:
+        tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        return PartialMap(tokens, torch.zeros(shape, dtype=torch.bool, device=device))
+    return PartialMap(request.kept.tokens[scale].to(device), request.kept.masks[scale].to(device).bool())
+
+
+@torch.no_grad()
+def _add(
+    drawn: _Drawn,
+    quantizer: MultiScaleQuantizer,
+    f_hat: Tensor,
+    scale: int,
+    maps: Sequence[TokenMap],
+) -> ScaleStep:
+    added = quantizer.contribution(drawn.codes, scale, maps)
+    return ScaleStep(scale, maps[scale], drawn.tokens, f_hat + added, soft=drawn.soft)
+
+
+def _given(step: ScaleStep, device: torch.device) -> ScaleStep:
+    return ScaleStep(
+        step.scale,
+        step.token_map,
+        step.tokens.to(device),
+        step.f_hat.to(device),
+        given=True,
+        soft=step.soft,
+    )

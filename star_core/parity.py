@@ -1,0 +1,278 @@
+"""Recomputes what the official implementation computed on small reproducible weights, and compares.
+
+A golden file holds inputs and outputs only; every parameter has a value that follows from its official name.
+Each stored quantity is recomputed from the stored ones before it, and once more chained from the image.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .causal_sampler import CausalSampler, sampler_logits, unmask_counts
+from .config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
+from .generate import PromptSpan, Request, ScaleStep, generate
+from .key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
+from .rope import Rotation
+from .sampling import PictureSeed, keep_top_k, keep_top_p
+from .schedule import ScalePolicy, ScaleSchedule, ramp
+from .text_encoder import TextStates
+from .transformer import Transformer
+from .vqvae import VQVAE
+from .weights import TensorFile
+
+GREEDY_GUIDANCE = 4.0
+
+TOLERANCES: Mapping[str, float] = {
+    "rope_cos": 5e-6,
+    "rope_sin": 5e-6,
+    "encoder_features": 1e-4,
+    "tokens": 0,
+    "f_hat_mid": 1e-4,
+    "f_hat": 1e-4,
+    "reconstruction": 1e-3,
+    "teacher_inputs": 1e-4,
+    "teacher_features": 2e-4,
+    "teacher_logits": 1e-3,
+    "sampler_features": 2e-4,
+    "sampler_logits": 1e-3,
+    "greedy_tokens": 0,
+    "greedy_image": 1e-3,
+}
+"""Largest absolute difference in float32 on the CPU; 0 means equal. Filters and counts are exact too."""
+
+INPUTS = (
+    "image",
+    "kept_positions",
+    "text_hidden",
+    "text_mask",
+    "text_pooled",
+    "sampler_known",
+    "sampler_kept",
+    "filter_logits",
+)
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One comparison: a stored quantity, how it was reached, and how far it is off."""
+
+    name: str
+    source: str
+    difference: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.tolerance
+
+
+def reproducible_value(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the golden format's value of the parameter with this official name, float32."""
+    state = np.random.RandomState(zlib.crc32(name.encode()))
+    x = state.standard_normal(shape).astype(np.float32)
+    if name.endswith("scale_mul_1H11"):
+        value = np.log(4 + 0.5 * np.tanh(x))
+    elif len(shape) <= 1:
+        value = (1 + 0.1 * x) if "norm" in name and name.endswith("weight") else 0.1 * x
+    elif (
+        "pos_start" in name or "lvl_embed" in name or name in ("quantize.embedding.weight", "class_emb.weight")
+    ):
+        value = 0.5 * x
+    else:
+        gain = 3.0 if name.startswith("head_logits") else 1.0
+        value = gain / math.sqrt(math.prod(shape[1:])) * x
+    return torch.from_numpy(np.asarray(value, dtype=np.float32))
+
+
+def _reproduce(module: nn.Module, table: KeyTable, prefix: str) -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            official = table.official(prefix + name)
+            assert official is not None, f"the key table has no official name for {prefix}{name}"
+            parameter.copy_(reproducible_value(official, tuple(parameter.shape)))
+    module.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class GoldenModel:
+    """The modules of a golden file's configuration, with their reproducible weights."""
+
+    config: StarConfig
+    transformer: Transformer
+    sampler: CausalSampler
+    vqvae: VQVAE
+
+
+def golden_model(metadata: Mapping[str, str], path: Path) -> GoldenModel:
+    """Build the modules that a golden file's metadata describes."""
+    try:
+        depth, channels = json.loads(metadata["depth"]), json.loads(metadata["ch"])
+        sides, codebook = json.loads(metadata["patch_nums"]), json.loads(metadata["vocab"])
+        text_width = json.loads(metadata["text_dim"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: no golden file, its metadata lacks {error}") from error
+    transformer_config = TransformerConfig(
+        depth=depth,
+        width=64 * depth,
+        heads=depth,
+        scales=len(sides),
+        text_width=text_width,
+        codebook_size=codebook,
+        sampler_depth=3,
+    )
+    vqvae_config = VQVAEConfig(base_channels=channels, codebook_size=codebook)
+    config = StarConfig("golden", transformer_config, vqvae_config, square_maps(sides), "")
+    transformer = Transformer(transformer_config)
+    sampler = CausalSampler(transformer_config)
+    vqvae = VQVAE(vqvae_config)
+    _reproduce(transformer, STAR_KEYS, "transformer.")
+    _reproduce(sampler, STAR_KEYS, "causal_sampler.")
+    _reproduce(vqvae, VQVAE_KEYS, "")
+    return GoldenModel(config, transformer, sampler, vqvae)
+
+
+class Recomputation:
+    """Computes golden quantities by name, from earlier ones that `known` hands over."""
+
+    def __init__(self, model: GoldenModel, known: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.known = known
+        self.maps = model.config.maps
+        self.lengths = [h * w for h, w in self.maps]
+
+    def compute(self, name: str) -> Tensor:
+        """Return the quantity called `name`, in the golden file's shape."""
+        if name.startswith("filtered_"):
+            return self._filtered(name)
+        if name.startswith("unmask_counts_"):
+            return self._counts(name)
+        recipes: Mapping[str, Callable[[], Tensor]] = {
+            "rope_cos": lambda: self.model.transformer.rotations(self.maps).cos,
+            "rope_sin": lambda: self.model.transformer.rotations(self.maps).sin,
+            "encoder_features": lambda: self.model.vqvae.encode(self.known["image"]),
+            "tokens": lambda: torch.cat(self._quantized()[0], dim=1),
+            "f_hat_mid": lambda: self._quantized()[1][len(self.maps) // 2],
+            "f_hat": lambda: self._quantized()[1][-1],
+            "reconstruction": lambda: self.model.vqvae.decode(self.known["f_hat"]),
+            "teacher_inputs": self._teacher_inputs,
+            "teacher_features": lambda: self._teacher()[:, self.known["kept_positions"]],
+            "teacher_logits": lambda: self.model.transformer.logits(
+                self._teacher()[:, self.known["kept_positions"]]
+            ),
+            "sampler_features": lambda: self._teacher()[:, -self.lengths[-1] :],
+            "sampler_logits": self._sampler_logits,
+            "greedy_tokens": lambda: torch.cat([s.tokens for s in self._greedy()], dim=1),
+            "greedy_image": lambda: self.model.vqvae.decode(self._greedy()[-1].f_hat) / 2 + 0.5,
+        }
+        return recipes[name]()
+
+    def _quantized(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        result = self.model.vqvae.quantizer.quantize(self.known["encoder_features"], self.maps)
+        return result.tokens, result.f_hats
+
+    def _teacher_inputs(self) -> Tensor:
+        tokens = self.known["tokens"].split(self.lengths, dim=1)
+        return self.model.vqvae.quantizer.teacher_inputs(tokens, self.maps)
+
+    def _teacher(self) -> Tensor:
+        text = self._text(0)
+        keys = self.model.transformer.text_keys(text.hidden, text.mask)
+        features: Tensor = self.model.transformer(self.known["teacher_inputs"], text.pooled, keys, self.maps)
+        return features
+
+    def _sampler_logits(self) -> Tensor:
+        last = self.known["tokens"].split(self.lengths, dim=1)[-1]
+        codes = self.model.vqvae.quantizer.lookup(last, self.maps[-1])
+        codes = rearrange(codes, "b d h w -> b (h w) d") * self.known["sampler_known"].unsqueeze(-1)
+        whole = self.model.transformer.rotations(self.maps)
+        start = sum(self.lengths[:-1])
+        positions = torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(start, len(whole.cos))])
+        rotation: Rotation = whole.select(positions)
+        logits = sampler_logits(
+            self.model.sampler,
+            codes,
+            self.known["sampler_features"],
+            self._text(0).pooled,
+            len(self.maps) - 1,
+            rotation,
+            0.0,
+        )
+        return logits[:, self.known["sampler_kept"]]
+
+    def _text(self, row: int) -> TextStates:
+        names = ("text_hidden", "text_mask", "text_pooled")
+        hidden, mask, pooled = (self.known[name][row : row + 1] for name in names)
+        return TextStates(hidden, mask.bool(), pooled)
+
+    def _greedy(self) -> list[ScaleStep]:
+        scales = len(self.maps)
+        schedule = ScaleSchedule(tuple(ScalePolicy(top_k=1, guidance=t) for t in ramp(GREEDY_GUIDANCE, scales)))
+        request = Request((PromptSpan(self._text(0), self._text(1)),), self.maps, schedule, (PictureSeed(0),))
+        model = self.model
+        return list(generate(model.transformer, None, model.vqvae.quantizer, request, torch.device("cpu")))
+
+    def _filtered(self, name: str) -> Tensor:
+        k, p = (int(part[1:]) for part in name.split("_")[1:])
+        kept = keep_top_p(keep_top_k(self.known["filter_logits"], k), p / 10)
+        return kept > -torch.inf
+
+    def _counts(self, name: str) -> Tensor:
+        steps, side = (int(part[1:]) for part in name.split("_")[2:])
+        return torch.tensor(unmask_counts(steps, side * side))
+
+
+class _Chained(dict[str, Tensor]):
+    """Inputs from the file; every other quantity as this engine computed it."""
+
+    recomputation: Recomputation
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = self.recomputation.compute(name)
+        return self[name]
+
+
+def compare(name: str, source: str, ours: Tensor, stored: Tensor) -> ParityRow:
+    """Compare a quantity; other shapes count as infinitely far off."""
+    tolerance = TOLERANCES.get(name, 0.0)
+    if ours.shape != stored.shape:
+        return ParityRow(name, source, math.inf, tolerance)
+    difference = (ours.double() - stored.double()).abs().max()
+    return ParityRow(name, source, float(difference.nan_to_num(math.inf)), tolerance)
+
+
+def parity_rows(path: Path) -> Iterator[ParityRow]:
+    """Yield a row for every stored quantity of a golden file, then the chained ones.
+
+    Raises ValueError for a file that is not in the golden format or stores what is not known here.
+    """
+    file = TensorFile(path)
+    stored = {name: file[name] for name in file}
+    names = [name for name in _ORDER if name in stored]
+    names += sorted(n for n in stored if n.startswith(("filtered_", "unmask_counts_")))
+    unknown = sorted(set(stored) - set(names) - set(INPUTS))
+    if unknown:
+        raise ValueError(f"{path} stores {', '.join(unknown)}, which is not in the golden format")
+    model = golden_model(file.metadata, path)
+    with torch.no_grad():
+        from_stored = Recomputation(model, stored)
+        for name in names:
+            yield compare(name, "stored", from_stored.compute(name), stored[name])
+        chained = _Chained({name: stored[name] for name in INPUTS if name in stored})
+        chained.recomputation = Recomputation(model, chained)
+        for name in names:
+            if name in _CHAINED:
+                yield compare(name, "chained", chained[name], stored[name])
+
+
+_ORDER = tuple(TOLERANCES)
+_CHAINED = tuple(name for name in TOLERANCES if not name.startswith(("rope_", "greedy_", "encoder_")))

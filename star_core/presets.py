@@ -1,0 +1,133 @@
+"""Schedules by name, one table with the source of each line. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .config import TokenMap
+from .schedule import ScalePolicy, ScaleSchedule, ScheduleError, Strategy, parse_schedule, ramp
+
+GUIDANCE = 4.0
+SAMPLER_START = 9
+"""Scale index from which the released sampler checkpoint refines (`sample_from_idx`)."""
+LAST_LONG_INDEX = 13
+
+
+@dataclass(frozen=True)
+class SchedulePreset:
+    """A named schedule: what it does, where it comes from, how it is made for a model's maps."""
+
+    description: str
+    source: str
+    build: Callable[[Sequence[TokenMap]], ScaleSchedule]
+
+
+def _plain(maps: Sequence[TokenMap], top_k: int, *, smooth: bool = False) -> ScaleSchedule:
+    policies = tuple(
+        ScalePolicy(top_k=top_k, top_p=0.8, guidance=t, smooth=smooth) for t in ramp(GUIDANCE, len(maps))
+    )
+    return ScaleSchedule(policies, GUIDANCE, maps=tuple(maps))
+
+
+def sampler_start(scales: int) -> int:
+    """Return the first refined scale: index 9 of the released 14, the same share of another number."""
+    return round(SAMPLER_START / 14 * scales)
+
+
+def _refined(maps: Sequence[TokenMap], top_k: int, *, transformer_first: bool) -> ScaleSchedule:
+    start, last = sampler_start(len(maps)), len(maps) - 1
+    policies = []
+    for scale, guidance in enumerate(ramp(GUIDANCE, len(maps))):
+        refined = scale >= start
+        longest = transformer_first and scale == last
+        steps = (15 if longest else 8) if refined else 0
+        policies.append(
+            ScalePolicy(
+                top_k=top_k,
+                top_p=0.8,
+                guidance=guidance,
+                steps=steps,
+                transformer_steps=5 if refined and transformer_first and not longest else 0,
+                random_steps=5 if refined else 0,
+            )
+        )
+    strategy: Strategy = "official" if transformer_first else "masked"
+    return ScaleSchedule(tuple(policies), GUIDANCE, strategy, tuple(maps))
+
+
+def _old(maps: Sequence[TokenMap]) -> ScaleSchedule:
+    def top_k(scale: int) -> int:
+        return 600 if scale < 9 else 300 if scale < 12 else 100
+
+    policies = tuple(
+        ScalePolicy(top_k=top_k(scale), top_p=0.8, guidance=guidance)
+        for scale, guidance in enumerate(ramp(GUIDANCE, len(maps)))
+    )
+    return ScaleSchedule(policies, GUIDANCE, maps=tuple(maps))
+
+
+SCHEDULES: Mapping[str, SchedulePreset] = {
+    "official-256": SchedulePreset(
+        "top-k 4096, top-p 0.8, guidance ramp 4, no sampler",
+        "released README, evaluation settings of the 256 px models",
+        lambda maps: _plain(maps, 4096),
+    ),
+    "official-512": SchedulePreset(
+        "top-k 4096, top-p 0.8, guidance ramp 4, no sampler",
+        "released README, evaluation settings of the 512 px model",
+        lambda maps: _plain(maps, 4096),
+    ),
+    "official-1024": SchedulePreset(
+        "top-k 4096, causal sampler with the transformer's confidence: 8 steps, 15 on the last scale",
+        "released demo, sample_version '1024' (w_mask), with the README's evaluation top-k",
+        lambda maps: _refined(maps, 4096, transformer_first=True),
+    ),
+    "demo-1024": SchedulePreset(
+        "as official-1024 with top-k 600",
+        "released demo's default settings",
+        lambda maps: _refined(maps, 600, transformer_first=True),
+    ),
+    "sampler": SchedulePreset(
+        "top-k 4096, causal sampler alone: 8 steps on every refined scale",
+        "released code, any sample_version but '1024'; the paper's \"Sampler\" (table S1)",
+        lambda maps: _refined(maps, 4096, transformer_first=False),
+    ),
+    "old": SchedulePreset(
+        "top-k 600, from scale index 9 on 300, from 12 on 100; no sampler",
+        "released code, sample_version 'old'",
+        _old,
+    ),
+    "top-k": SchedulePreset(
+        "top-k 600, top-p 0.8, guidance ramp 4, no sampler",
+        "released demo's defaults without the sampler; table S1's \"top-k 600\"",
+        lambda maps: _plain(maps, 600),
+    ),
+    "smooth": SchedulePreset(
+        "VAR's more smooth: Gumbel-softmax on every scale, guidance ramp 4",
+        'released code, more_smooth=True; table S1\'s "smooth"',
+        lambda maps: _plain(maps, 0, smooth=True),
+    ),
+}
+
+
+def named_schedule(name: str, maps: Sequence[TokenMap]) -> ScaleSchedule:
+    """Return the preset of this name for a model's maps. Raises ValueError listing the names."""
+    if name not in SCHEDULES:
+        raise ValueError(f"no schedule {name!r}. There are: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name].build(maps)
+
+
+def read_schedule(text: str, maps: Sequence[TokenMap]) -> ScaleSchedule:
+    """Return the schedule of a preset's name or of a schedule text, for a model's maps.
+
+    Raises ScheduleError pointing at the character, ValueError for a schedule of another model.
+    """
+    word = text.strip()
+    if word and len(word.split()) == 1:
+        if word not in SCHEDULES:
+            names = ", ".join(SCHEDULES)
+            raise ScheduleError(f"{word!r} is neither a preset ({names}) nor a schedule text")
+        return named_schedule(word, maps)
+    has_maps = any(line.split()[:1] == ["maps"] for line in text.replace(";", "\n").splitlines())
+    return parse_schedule(text, None if has_maps else len(maps))

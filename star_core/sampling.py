@@ -1,0 +1,119 @@
+"""Pure functions from logits to tokens: guidance, top-k, top-p, drawing, smooth drawing.
+
+Randomness comes in as numbers. Each picture has its own stream, so that it never depends on its neighbours
+in a batch, and each scale its own, so that resuming at a scale draws what the whole run would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class PictureSeed:
+    """Whose randomness a batch row uses: picture `index` of a prompt under `seed`."""
+
+    seed: int
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"a seed lies between 0 and {MAX_SEED}, got {self.seed}")
+        if self.index < 0:
+            raise ValueError(f"a picture's index cannot be negative, got {self.index}")
+
+    def generator(self, scale: int) -> torch.Generator:
+        """Return the random stream of one scale, on the CPU so that devices agree."""
+        name = f"star/{self.seed}/{self.index}/{scale}".encode()
+        number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+        return torch.Generator().manual_seed(number)
+
+
+class ScaleNoise:
+    """The random numbers of one scale of a batch: a stream per row, drawn on the CPU, then moved."""
+
+    def __init__(self, seeds: Sequence[PictureSeed], scale: int, device: torch.device) -> None:
+        self._generators = [seed.generator(scale) for seed in seeds]
+        self._device = device
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return uniform numbers in [0, 1), (B, *shape)."""
+        rows = [torch.rand(shape, generator=g) for g in self._generators]
+        return torch.stack(rows).to(self._device)
+
+    def gumbel(self, *shape: int) -> Tensor:
+        """Return standard Gumbel numbers (B, *shape)."""
+        rows = [-torch.empty(shape).exponential_(generator=g).log() for g in self._generators]
+        return torch.stack(rows).to(self._device)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, strength: float) -> Tensor:
+    """Return (1 + t) conditional - t unconditional (classifier-free guidance), any shape."""
+    return (1 + strength) * conditional - strength * unconditional
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Return logits (..., V) with all below the k-th largest at -inf; ties with it stay.
+
+    k of 0 means off; k beyond V keeps all (the official code raises there).
+    """
+    if k <= 0 or k >= logits.shape[-1]:
+        return logits
+    smallest_kept = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < smallest_kept, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Return logits (..., V) with the least likely ones, of cumulative probability <= 1 - p, at -inf.
+
+    The best one always stays. p of 0 means off.
+    """
+    if p <= 0:
+        return logits
+    ascending, order = logits.sort(dim=-1)
+    removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    removed[..., -1] = False
+    return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Tokens (B, n) and their confidence (B, n): the probability after both filters."""
+
+    tokens: Tensor
+    confidence: Tensor
+
+
+def draw(logits: Tensor, uniform: Tensor, *, top_k: int, top_p: float, temperature: float = 1.0) -> Draw:
+    """Draw a token per position from logits (B, n, V) by inverting the cumulative distribution.
+
+    `uniform` (B, n) decides; one number per position, so that no noise of size V is ever made.
+    """
+    if temperature != 1.0:
+        logits = logits / temperature
+    probabilities = keep_top_p(keep_top_k(logits, top_k), top_p).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    target = uniform.unsqueeze(-1) * cumulative[..., -1:]
+    tokens = (cumulative <= target).sum(dim=-1)
+    # Rounding may put the target on the total itself, past every token: take the likeliest then.
+    likely = probabilities.argmax(dim=-1)
+    tokens = torch.where(tokens < logits.shape[-1], tokens, likely)
+    confidence = probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return Draw(tokens, confidence)
+
+
+def smooth_weights(logits: Tensor, gumbel: Tensor, ratio: float) -> Tensor:
+    """Return soft weights (B, n, V) over the codebook: VAR's "more smooth" Gumbel-softmax.
+
+    `ratio` is s / (S - 1). The logits are sharpened by 1 + ratio and the temperature falls from 0.27
+    to 0.0135. Top-k and top-p do not apply here, as in the released code (in VAR they do).
+    """
+    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    return ((logits * (1 + ratio) + gumbel) / temperature).softmax(dim=-1)

@@ -1,0 +1,368 @@
+"""ScaleSchedule: every choice the generation loop makes, per scale, with a readable text form. No torch.
+
+The text form has one `name values` line per quantity (`;` separates as a line break does):
+
+    maps 1 2 3 4 5 6 8 10 13 16
+    top_k 600*9 300*3
+    top_p 0.8
+    guidance ramp 4
+    steps 0*6 8*4
+
+Values repeat by `*`, one value serves all scales, `ramp g` is g s / (S - 1), the released guidance.
+`maps` is optional; sides are numbers or HxW. Quantities that are not written keep their defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .config import TokenMap, check_maps
+
+Strategy = Literal["official", "confidence", "masked"]
+"""Order and source of the causal sampler's tokens.
+
+official: as the released loop; while the transformer draws, each step fixes twice (the most confident over
+all positions, then as many in random order), so that the map fills faster than its schedule says.
+confidence: each step fixes its count once. masked: as confidence, and every step draws from the sampler,
+without the transformer's confidence (the paper's "Sampler"; the others are its "Sampler*")."""
+
+MAX_TOP_K = 1_000_000
+MAX_STEPS = 4096
+
+
+class ScheduleError(ValueError):
+    """A schedule text that cannot be read. The message shows the line and points at the character."""
+
+
+@dataclass(frozen=True)
+class ScalePolicy:
+    """What one scale does.
+
+    top_k, top_p: filters, 0 is off. guidance: t in (1 + t) cond - t uncond. temperature: divides logits.
+    smooth: VAR's soft draw; filters do not apply. steps: causal sampler steps, 0 is off; of them the first
+    `transformer_steps` draw from the transformer's logits and the first `random_steps` fix in random order.
+    """
+
+    top_k: int = 0
+    top_p: float = 0.0
+    guidance: float = 0.0
+    temperature: float = 1.0
+    smooth: bool = False
+    steps: int = 0
+    transformer_steps: int = 0
+    random_steps: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            (0 <= self.top_k <= MAX_TOP_K, f"top_k is a count or 0 for off, got {self.top_k}"),
+            (0 <= self.top_p <= 1, f"top_p lies between 0 and 1, got {self.top_p}"),
+            (-100 <= self.guidance <= 100, f"guidance lies within -100..100, got {self.guidance}"),
+            (
+                0.01 <= self.temperature <= 100,
+                f"temperature lies within 0.01..100, got {self.temperature}",
+            ),
+            (0 <= self.steps <= MAX_STEPS, f"steps lies within 0..{MAX_STEPS}, got {self.steps}"),
+            (
+                0 <= self.transformer_steps <= MAX_STEPS,
+                f"transformer_steps lies within 0..{MAX_STEPS}, got {self.transformer_steps}",
+            ),
+            (
+                0 <= self.random_steps <= MAX_STEPS,
+                f"random_steps lies within 0..{MAX_STEPS}, got {self.random_steps}",
+            ),
+            (
+                not (self.smooth and self.steps),
+                f"a scale is drawn smooth or by {self.steps} causal sampler steps, not both",
+            ),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """The policies of all scales, the causal sampler's guidance (constant) and its strategy.
+
+    `maps` are the token maps the schedule was written for; None means any model with as many scales.
+    """
+
+    scales: tuple[ScalePolicy, ...]
+    sampler_guidance: float = 4.0
+    strategy: Strategy = "official"
+    maps: tuple[TokenMap, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.scales:
+            raise ValueError("a schedule needs at least one scale")
+        if self.strategy not in get_args(Strategy):
+            raise ValueError(f"strategy is one of {get_args(Strategy)}, got {self.strategy!r}")
+        if not -100 <= self.sampler_guidance <= 100:
+            raise ValueError(f"sampler_guidance lies within -100..100, got {self.sampler_guidance}")
+        if self.maps is not None:
+            check_maps(self.maps)
+            if len(self.maps) != len(self.scales):
+                raise ValueError(f"the schedule has {len(self.maps)} maps and {len(self.scales)} scales")
+
+    @property
+    def refines(self) -> bool:
+        """Whether any scale uses the causal sampler."""
+        return any(policy.steps for policy in self.scales)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any draw needs unconditional logits."""
+        by_sampler = self.refines and self.sampler_guidance != 0
+        return by_sampler or any(policy.guidance for policy in self.scales)
+
+    def fit(self, maps: Sequence[TokenMap], codebook_size: int, *, has_sampler: bool) -> ScaleSchedule:
+        """Return the schedule as a model with these maps can run it.
+
+        Clamped: top_k to the codebook, steps to the tokens of the map. Raises ValueError for another
+        number of scales, and for sampler steps on a model without a causal sampler.
+        """
+        if len(maps) != len(self.scales):
+            raise ValueError(
+                f"the schedule has {len(self.scales)} scales, the model draws {len(maps)}"
+                f" ({sides_text(maps)}): use a preset of the model, or write one value per scale"
+            )
+        if self.refines and not has_sampler:
+            raise ValueError(
+                "the schedule uses the causal sampler, but this checkpoint has none: set steps to 0,"
+                " or load a checkpoint with the sampler"
+            )
+        fitted = tuple(
+            dataclasses.replace(
+                policy,
+                top_k=min(policy.top_k, codebook_size),
+                steps=min(policy.steps, height * width),
+            )
+            for policy, (height, width) in zip(self.scales, maps, strict=True)
+        )
+        return dataclasses.replace(self, scales=fitted, maps=tuple(maps))
+
+    def to_text(self) -> str:
+        """Return the text form; `parse_schedule` reads it back to an equal schedule."""
+        lines = [f"maps {sides_text(self.maps)}"] if self.maps is not None else []
+        for name in QUANTITIES:
+            values = [getattr(policy, name) for policy in self.scales]
+            lines.append(f"{name} {_values_text(values, ramp=name == 'guidance')}")
+        lines.append(f"sampler_guidance {_number_text(self.sampler_guidance)}")
+        lines.append(f"strategy {self.strategy}")
+        return "\n".join(lines)
+
+
+QUANTITIES: dict[str, Callable[[str], bool | int | float]] = {
+    "top_k": int,
+    "top_p": float,
+    "guidance": float,
+    "temperature": float,
+    "smooth": lambda word: {"yes": True, "no": False}[word],
+    "steps": int,
+    "transformer_steps": int,
+    "random_steps": int,
+}
+"""The per-scale quantities in the order of their lines, each with the reader of one value."""
+
+
+def ramp(strength: float, scales: int) -> list[float]:
+    """Return the released guidance per scale: strength s / (S - 1), none at the first scale."""
+    return [strength * (scale / max(scales - 1, 1)) for scale in range(scales)]
+
+
+def sides_text(maps: Sequence[TokenMap]) -> str:
+    """Return token maps as readable sides: `8` for a square map, `6x10` (HxW) for another."""
+    return " ".join(str(h) if h == w else f"{h}x{w}" for h, w in maps)
+
+
+def _number_text(value: bool | int | float) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return repr(int(value)) if value == int(value) else repr(value)
+
+
+def _values_text(values: Sequence[bool | int | float], *, ramp: bool) -> str:
+    if ramp and len(values) > 1 and values[-1] and list(values) == _ramp(values[-1], len(values)):
+        return f"ramp {_number_text(values[-1])}"
+    runs: list[tuple[bool | int | float, int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1] = (value, runs[-1][1] + 1)
+        else:
+            runs.append((value, 1))
+    if len(runs) == 1 and len(values) > 1:
+        return _number_text(values[0])
+    return " ".join(_number_text(v) if n == 1 else f"{_number_text(v)}*{n}" for v, n in runs)
+
+
+_ramp = ramp
+
+
+@dataclass(frozen=True)
+class _Word:
+    text: str
+    start: int
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One `name values` line of a schedule text and where it stands."""
+
+    whole: str
+    words: tuple[_Word, ...]
+
+    def fail(self, word: _Word, problem: str) -> ScheduleError:
+        start = self.whole.rfind("\n", 0, word.start) + 1
+        stop = self.whole.find("\n", word.start)
+        shown = self.whole[start : stop if stop >= 0 else None]
+        column = word.start - start
+        return ScheduleError(f"{problem} (character {word.start + 1})\n  {shown}\n  {' ' * column}^")
+
+
+def parse_schedule(text: str, scales: int | None = None) -> ScaleSchedule:
+    """Read the text form. `scales` is the model's number of scales, needed where every line has one value.
+
+    Raises ScheduleError pointing at the character that is wrong.
+    """
+    lines = _lines(text)
+    values: dict[str, list[bool | int | float]] = {}
+    maps: tuple[TokenMap, ...] | None = None
+    strategy: Strategy = "official"
+    sampler_guidance = 4.0
+    expected = _expected_scales(lines, scales)
+    seen: set[str] = set()
+    for line in lines:
+        name, rest = line.words[0], line.words[1:]
+        if name.text in seen:
+            raise line.fail(name, f"{name.text} is written twice")
+        seen.add(name.text)
+        if not rest:
+            raise line.fail(name, f"{name.text} has no value")
+        if name.text == "maps":
+            maps = tuple(_map_of(line, word) for word in rest)
+        elif name.text == "strategy":
+            strategy = _strategy_of(line, rest)
+        elif name.text == "sampler_guidance":
+            sampler_guidance = float(_one_value(line, rest[0], float))
+        elif name.text in QUANTITIES:
+            values[name.text] = _spread(line, rest, QUANTITIES[name.text], expected)
+        else:
+            known = ", ".join(["maps", *QUANTITIES, "sampler_guidance", "strategy"])
+            raise line.fail(name, f"{name.text!r} is no quantity. There are: {known}")
+    return _assemble(lines, values, expected, maps, sampler_guidance, strategy)
+
+
+def _assemble(
+    lines: list[_Line],
+    values: dict[str, list[bool | int | float]],
+    scales: int,
+    maps: tuple[TokenMap, ...] | None,
+    sampler_guidance: float,
+    strategy: Strategy,
+) -> ScaleSchedule:
+    policies = []
+    for scale in range(scales):
+        fields = {name: column[scale] for name, column in values.items()}
+        try:
+            policies.append(ScalePolicy(**fields))  # type: ignore[arg-type]  # checked by QUANTITIES
+        except ValueError as error:
+            line, word = _culprit(lines, str(error))
+            raise line.fail(word, f"scale {scale + 1}: {error}") from error
+    try:
+        return ScaleSchedule(tuple(policies), sampler_guidance, strategy, maps)
+    except ValueError as error:
+        line, word = _culprit(lines, str(error))
+        raise line.fail(word, str(error)) from error
+
+
+def _culprit(lines: list[_Line], message: str) -> tuple[_Line, _Word]:
+    """Return the line whose quantity a message is about, the first line where none is."""
+    for line in lines:
+        if re.match(rf"{re.escape(line.words[0].text)}\b", message):
+            return line, line.words[min(1, len(line.words) - 1)]
+    return lines[0], lines[0].words[0]
+
+
+def _lines(text: str) -> list[_Line]:
+    lines = []
+    for match in re.finditer(r"[^;\n]+", text):
+        words = tuple(_Word(w.group(), match.start() + w.start()) for w in re.finditer(r"\S+", match.group()))
+        if words:
+            lines.append(_Line(text, words))
+    if not lines:
+        raise ScheduleError("the schedule is empty: write a preset's name, or `top_k 600; top_p 0.8`")
+    return lines
+
+
+def _count_of(word: _Word) -> int:
+    repeat = re.search(r"\*(\d+)$", word.text)
+    return int(repeat.group(1)) if repeat else 1
+
+
+def _expected_scales(lines: list[_Line], scales: int | None) -> int:
+    """Return the number of scales: the caller's, or what the first line with several values says."""
+    if scales is not None:
+        return scales
+    for line in lines:
+        name, rest = line.words[0].text, line.words[1:]
+        count = sum(_count_of(word) for word in rest)
+        listed = name in QUANTITIES and rest and rest[0].text != "ramp"
+        if name == "maps" or (listed and count > 1):
+            return count
+    raise ScheduleError(
+        "the schedule does not say how many scales it has: add a `maps` line, as in `maps 1 2 3 4 6 8`"
+    )
+
+
+def _spread(
+    line: _Line,
+    words: tuple[_Word, ...],
+    read: Callable[[str], bool | int | float],
+    scales: int,
+) -> list[bool | int | float]:
+    if words[0].text == "ramp":
+        if line.words[0].text != "guidance" or len(words) != 2:
+            raise line.fail(words[0], "`ramp` is written as in `guidance ramp 4`")
+        return list(ramp(float(_one_value(line, words[1], float)), scales))
+    values: list[bool | int | float] = []
+    for word in words:
+        count = _count_of(word)
+        if count > MAX_STEPS:
+            raise line.fail(word, f"{count} repetitions are too many")
+        values += [_one_value(line, word, read)] * count
+    if len(values) == 1:
+        return values * scales
+    if len(values) != scales:
+        raise line.fail(words[0], f"{len(values)} values for {scales} scales")
+    return values
+
+
+def _one_value(line: _Line, word: _Word, read: Callable[[str], bool | int | float]) -> bool | int | float:
+    text = re.sub(r"\*\d+$", "", word.text)
+    try:
+        value = read(text)
+    except (ValueError, KeyError) as error:
+        kind = {int: "a whole number", float: "a number"}.get(read, "yes or no")  # type: ignore[call-overload]
+        raise line.fail(word, f"{text!r} is not {kind}") from error
+    if value != value or value in (float("inf"), float("-inf")):
+        raise line.fail(word, f"{text!r} is not a finite number")
+    return value
+
+
+def _map_of(line: _Line, word: _Word) -> TokenMap:
+    match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", word.text)
+    if match is None:
+        raise line.fail(word, f"{word.text!r} is not a side such as 8 or 6x10")
+    height = int(match.group(1))
+    return height, int(match.group(2) or height)
+
+
+def _strategy_of(line: _Line, words: tuple[_Word, ...]) -> Strategy:
+    for strategy in get_args(Strategy):
+        if words[0].text == strategy and len(words) == 1:
+            return strategy  # type: ignore[no-any-return]  # get_args returns Any
+    raise line.fail(words[0], f"strategy is one of {', '.join(get_args(Strategy))}")

@@ -1,0 +1,246 @@
+"""The public face: load a model, encode text, generate, decode, encode a picture.
+
+Pictures are (B, 3, H, W) float32 in [0, 1]. A batch of prompts is one call; `count` pictures of each prompt
+follow each other, so that picture i of a prompt is row prompt * count + i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .causal_sampler import CausalSampler
+from .checkpoint import load_networks, load_vqvae
+from .config import StarConfig, TokenMap, maps_for_size
+from .generate import KeptTokens, PromptSpan, Request, ScaleStep, generate
+from .presets import read_schedule
+from .sampling import PictureSeed
+from .schedule import ScaleSchedule
+from .text_encoder import TextEncoder, TextStates, load_text_encoder
+from .transformer import Transformer
+from .vqvae import VQVAE
+
+SHIPPED = Path(__file__).parent / "demo"
+STAR_FILE = "star.safetensors"
+VQVAE_FILE = "vqvae.safetensors"
+TEXT_FOLDER = "text_encoder"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How pictures are drawn. None takes the checkpoint's own choice.
+
+    schedule: a ScaleSchedule, a preset's name or a schedule text. size: (height, width) in pixels.
+    count: pictures per prompt; their indices begin at first_index. prefix, stop, kept: see generate.Request.
+    """
+
+    seed: int = 0
+    count: int = 1
+    first_index: int = 0
+    schedule: ScaleSchedule | str | None = None
+    size: tuple[int, int] | None = None
+    prefix: tuple[ScaleStep, ...] = ()
+    stop: int | None = None
+    kept: KeptTokens | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+class Star:
+    """A loaded model. Nothing in it changes while pictures are drawn."""
+
+    def __init__(
+        self,
+        config: StarConfig,
+        transformer: Transformer,
+        causal_sampler: CausalSampler | None,
+        vqvae: VQVAE,
+        text_encoder: TextEncoder,
+        device: torch.device,
+    ) -> None:
+        if text_encoder.width != config.transformer.text_width:
+            raise ValueError(
+                f"{config.name} reads text states of width {config.transformer.text_width}, this text"
+                f" encoder gives {text_encoder.width}: use the one the checkpoint was trained with"
+            )
+        self.config = config
+        self.transformer = transformer
+        self.causal_sampler = causal_sampler
+        self.vqvae = vqvae
+        self.text_encoder = text_encoder
+        self.device = device
+
+    def encode_text(self, prompts: Sequence[str]) -> TextStates:
+        """Return the text states of N prompts: hidden (N, T, D), mask (N, T), pooled (N, D)."""
+        return self.text_encoder.encode(prompts)
+
+    def maps(self, size: tuple[int, int] | None) -> tuple[TokenMap, ...]:
+        """Return the token maps of a size (height, width) in pixels, the trained ones for None."""
+        if size is None:
+            return self.config.maps
+        maps, _ = maps_for_size(self.config, *size)
+        return maps
+
+    def schedule(self, choice: ScaleSchedule | str | None, maps: Sequence[TokenMap]) -> ScaleSchedule:
+        """Return the schedule that a choice means for these maps, checked against the model."""
+        chosen = self.config.schedule if choice is None else choice
+        schedule = read_schedule(chosen, maps) if isinstance(chosen, str) else chosen
+        has_sampler = self.causal_sampler is not None
+        # Checked here already, so that a bad schedule fails before the first scale is drawn.
+        schedule.fit(maps, self.config.transformer.codebook_size, has_sampler=has_sampler)
+        return schedule
+
+    def request(
+        self,
+        prompts: Sequence[str] | Sequence[tuple[int, Sequence[str]]],
+        negative: Sequence[str] | str = "",
+        options: Options | None = None,
+    ) -> Request:
+        """Return the generation request of N prompts.
+
+        prompts: N texts; or spans (start scale, N texts), whose first starts at scale 0.
+        negative: one text for all or one per prompt; "" is the unconditional text.
+        """
+        options = options or Options()
+        spans = _spans(prompts)
+        number = len(spans[0][1])
+        unconditional = [negative] * number if isinstance(negative, str) else list(negative)
+        if any(len(texts) != number for _, texts in spans) or len(unconditional) != number:
+            raise ValueError(
+                f"as many texts everywhere: {[len(t) for _, t in spans]} prompts,"
+                f" {len(unconditional)} negative ones"
+            )
+        maps = self.maps(options.size)
+        away = self._text(unconditional, options.count)
+        return Request(
+            prompts=tuple(PromptSpan(self._text(texts, options.count), away, start) for start, texts in spans),
+            maps=maps,
+            schedule=self.schedule(options.schedule, maps),
+            seeds=tuple(
+                PictureSeed(options.seed, options.first_index + index)
+                for _ in range(number)
+                for index in range(options.count)
+            ),
+            prefix=options.prefix,
+            stop=options.stop,
+            kept=options.kept,
+        )
+
+    def _text(self, prompts: Sequence[str], count: int) -> TextStates:
+        return self.encode_text(prompts).repeat_each(count)
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[tuple[int, Sequence[str]]],
+        negative: Sequence[str] | str = "",
+        options: Options | None = None,
+    ) -> Iterator[ScaleStep]:
+        """Yield one step per scale for a batch of prompts; see `request` and `Options`."""
+        return self.run(self.request(prompts, negative, options))
+
+    def run(self, request: Request) -> Iterator[ScaleStep]:
+        """Yield one step per scale of a request."""
+        return generate(self.transformer, self.causal_sampler, self.vqvae.quantizer, request, self.device)
+
+    def draw(
+        self,
+        prompts: Sequence[str] | Sequence[tuple[int, Sequence[str]]],
+        negative: Sequence[str] | str = "",
+        options: Options | None = None,
+    ) -> Tensor:
+        """Return the finished pictures (B, 3, H, W) in [0, 1]."""
+        *_, last = self.generate(prompts, negative, options)
+        return self.decode(last.f_hat)
+
+    @torch.no_grad()
+    def decode(self, f_hat: Tensor) -> Tensor:
+        """Return the pictures (B, 3, H, W) in [0, 1] of f_hat (B, D, h, w), of any scale's step."""
+        return (self.vqvae.decode(f_hat.to(self.device)) + 1) / 2
+
+    @torch.no_grad()
+    def encode_image(self, pictures: Tensor) -> tuple[ScaleStep, ...]:
+        """Return pictures (B, 3, H, W) in [0, 1] as finished scales, to restart or keep tokens from.
+
+        Raises ValueError for a size that the model does not have.
+        """
+        if pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ValueError(f"pictures are (B, 3, H, W), got {tuple(pictures.shape)}")
+        maps = self.maps((pictures.shape[2], pictures.shape[3]))
+        features = self.vqvae.encode(pictures.to(self.device) * 2 - 1)
+        quantized = self.vqvae.quantizer.quantize(features, maps)
+        return tuple(
+            ScaleStep(scale, maps[scale], tokens, f_hat, given=True)
+            for scale, (tokens, f_hat) in enumerate(zip(quantized.tokens, quantized.f_hats, strict=True))
+        )
+
+
+def _spans(
+    prompts: Sequence[str] | Sequence[tuple[int, Sequence[str]]],
+) -> list[tuple[int, list[str]]]:
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a sequence of texts: write [prompt] for one")
+    if not prompts:
+        raise ValueError("there is no prompt")
+    texts = [p for p in prompts if isinstance(p, str)]
+    if len(texts) == len(prompts):
+        return [(0, texts)]
+    return [(span[0], list(span[1])) for span in prompts if not isinstance(span, str)]
+
+
+def load(
+    source: Path | str | None = None,
+    *,
+    vqvae: Path | str | None = None,
+    text_encoder: Path | str | None = None,
+    tokenizer: Path | str | None = None,
+    preset: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Star:
+    """Load a model: a folder with star.safetensors, vqvae.safetensors and text_encoder/, a single
+    transformer file beside such files, or the shipped model (None).
+
+    vqvae, text_encoder and tokenizer name files elsewhere. preset is needed only where the transformer's
+    file does not say what it is. Raises ValueError naming file, key and remedy.
+    """
+    place = SHIPPED if source is None else Path(source)
+    if not place.exists():
+        raise ValueError(f"{place}: no such file or folder")
+    folder = place if place.is_dir() else place.parent
+    star_file = folder / STAR_FILE if place.is_dir() else place
+    device = torch.device(device)
+    config, networks = load_networks(star_file, preset_name=preset, dtype=dtype, device=device)
+    vqvae_file = _beside(vqvae, folder / VQVAE_FILE, "VQ-VAE", "--vqvae")
+    text_place = _beside(text_encoder, _text_place(folder), "text encoder", "--text-encoder")
+    return Star(
+        config,
+        networks.transformer,
+        networks.causal_sampler,
+        load_vqvae(vqvae_file, config.vqvae, dtype=dtype, device=device),
+        load_text_encoder(
+            text_place,
+            tokenizer=Path(tokenizer) if tokenizer is not None else None,
+            dtype=torch.float32,
+            device=device,
+        ),
+        device,
+    )
+
+
+def _text_place(folder: Path) -> Path:
+    """Return a folder that holds text_encoder/ and tokenizer/, as Stable Diffusion 2.1's does."""
+    single = folder / "text_encoder.safetensors"
+    return single if single.is_file() else folder
+
+
+def _beside(given: Path | str | None, default: Path, what: str, option: str) -> Path:
+    place = default if given is None else Path(given)
+    if not place.exists():
+        raise ValueError(f"{place}: no {what} there. Put it there or name it with {option}")
+    return place

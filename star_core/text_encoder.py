@@ -1,0 +1,323 @@
+"""Prompts to text states: tau (a state per token) for cross-attention, eta (one per prompt) for the start.
+
+The network is transformers' CLIPTextModel and the words go through its CLIP tokenizer: the tower that
+Stable Diffusion 2.1 ships for the released weights, a small one of the same kind for the model that ships
+here. Both come from local files alone. transformers is imported when a model is loaded, not before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .key_tables import KeyTable
+from .weights import TensorFile, build_on_meta, fill, read_pickle
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+# transformers 5 keeps the tensors of CLIPTextModel without the `text_model.` prefix that 4.x and every
+# released file have. Both spellings are read; complaints use the second, which files carry.
+_PARTS = ("embeddings", "encoder", "final_layer_norm")
+TEXT_KEYS = KeyTable(
+    pairs={f"{prefix}{part}.*": f"{part}.*" for prefix in ("", "text_model.") for part in _PARTS},
+    dropped={
+        "*embeddings.position_ids": "0, 1, 2 ..., which the module counts itself",
+        "text_projection*": "CLIP's joint space: eta is the state before the projection",
+        "logit_scale": "CLIP's contrastive temperature",
+        "vision_model.*": "CLIP's picture tower",
+        "visual_projection.*": "CLIP's picture tower",
+    },
+)
+
+_ROWS = "embeddings.token_embedding.weight"
+# Heads of 64 everywhere. The activation leaves no trace in a file: OpenAI's towers have the quick
+# approximation, OpenCLIP's (SD 2.1's among them) the exact one.
+_ACTIVATIONS = {512: "quick_gelu", 768: "quick_gelu", 1024: "gelu", 1280: "gelu"}
+_HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What the transformer reads of N prompts of L positions at text width T.
+
+    hidden (N, L, T) float32: tau, the last states after the final LayerNorm, padding included.
+    mask (N, L) bool: True where a token stands, False on padding.
+    pooled (N, T) float32: eta, the state at the end-of-text token, without projection.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+    def repeat_each(self, count: int) -> TextStates:
+        """Return the states with every prompt `count` times in a row, (N * count, ...)."""
+        parts = (self.hidden, self.mask, self.pooled)
+        return TextStates(*(part.repeat_interleave(count, dim=0) for part in parts))
+
+
+class TextEncoder(nn.Module):
+    """A CLIP text model with its tokenizer; knows nothing of guidance or batches of pictures."""
+
+    def __init__(self, model: CLIPTextModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def width(self) -> int:
+        """Return T, the width of a state."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def positions(self) -> int:
+        """Return L, the number of positions every prompt is padded or cut to (77 for CLIP)."""
+        return int(self.model.config.max_position_embeddings)
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        """Return the states of N prompts; "" is the unconditional one.
+
+        Words beyond the last position are cut off, with a warning that quotes them.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"encode takes a sequence of prompts, not one string: [{prompts!r}]")
+        if not prompts:
+            raise ValueError("encode needs at least one prompt; the empty one is [''].")
+        ids, mask = self.tokenize(prompts)
+        device = next(self.model.parameters()).device
+        ids, mask = ids.to(device), mask.to(device)
+        found = self.model(input_ids=ids, attention_mask=mask.long())
+        hidden = cast(Tensor, found.last_hidden_state)
+        pooled = cast(Tensor, found.pooler_output)
+        return TextStates(hidden.float(), mask, pooled.float())
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return token ids (N, L) int64, padded, and their mask (N, L) bool."""
+        rows = [self._token_ids(prompt) for prompt in prompts]
+        padding = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [padding] * (self.positions - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, torch.arange(self.positions) < lengths[:, None]
+
+    def _token_ids(self, prompt: str) -> list[int]:
+        # Cut here rather than by the tokenizer, which would not tell what it dropped.
+        ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])
+        if len(ids) <= self.positions:
+            return ids
+        cut = self.tokenizer.decode(ids[self.positions - 1 : -1])
+        log.warning("a prompt is longer than %d tokens; left out: %r", self.positions - 2, cut)
+        return [*ids[: self.positions - 1], ids[-1]]
+
+
+def load_text_encoder(
+    source: Path,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> TextEncoder:
+    """Load a text encoder from local files.
+
+    source: a folder in Stable Diffusion's layout (text_encoder/ beside tokenizer/), a folder as
+    transformers writes it, or one weight file. tokenizer: a folder with vocab.json and merges.txt, or one of
+    these files; by default it is looked for in and beside `source`.
+    Raises ValueError naming the file, the key and the remedy.
+    """
+    weights = _weight_file(source)
+    words = _tokenizer_folder(source, tokenizer)
+    tensors = _read(weights)
+    settings = _settings(weights, tensors)
+    return assemble_text_encoder(tensors, settings, words, source=str(weights), dtype=dtype, device=device)
+
+
+def assemble_text_encoder(
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    tokenizer: Path,
+    *,
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> TextEncoder:
+    """Build a text encoder of a config.json's settings and fill it from named tensors, strictly."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(**_relevant(settings))
+    model = build_on_meta(lambda: CLIPTextModel(config))
+    # 4.x wraps the modules in `text_model`; their names inside are those of 5.
+    inner = getattr(model, "text_model", model)
+    fill(inner, whole_rows(tensors), TEXT_KEYS, source=source, dtype=dtype, device=device)
+    # A buffer that no file carries, so it is still on meta.
+    count = config.max_position_embeddings
+    inner.embeddings.position_ids = torch.arange(count, device=device).expand(1, -1)
+    words = load_tokenizer(tokenizer)
+    if len(words) > config.vocab_size:
+        raise ValueError(
+            f"{tokenizer}: {len(words)} tokens, but {source} embeds {config.vocab_size}."
+            " Give the tokenizer that belongs to these weights"
+        )
+    return TextEncoder(model.requires_grad_(False).eval(), words)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load CLIP's tokenizer from a folder with vocab.json and merges.txt."""
+    import transformers
+
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: no {name}. It comes in the folder tokenizer/ of the model")
+    # In 4.x `CLIPTokenizer` is a slow twin whose ids change with the presence of ftfy; the fast one
+    # is what 5 calls CLIPTokenizer, so both versions give the same ids.
+    kind = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer
+    try:
+        words = kind.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: not a CLIP tokenizer ({error!s:.200})") from error
+    return cast("PreTrainedTokenizerBase", words)
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows (V, T) as int8 (V, T) and a float16 scale per row (V,), for `whole_rows` to undo."""
+    # The scale is rounded to float16 first, upwards by an ulp at most, so that 127 steps always reach.
+    largest = rows.float().abs().amax(dim=1).clamp_min(1e-4)
+    scale = (largest / 127 * (1 + 2**-10)).half()
+    steps = (rows.float() / scale.float()[:, None]).round().clamp(-127, 127)
+    return steps.to(torch.int8), scale
+
+
+def whole_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the tensors with token rows in 8 bits (see `quantize_rows`) multiplied out to float32."""
+    for name in (_ROWS, f"text_model.{_ROWS}"):
+        if f"{name}.int8" in tensors and f"{name}.scale" in tensors:
+            rows = tensors[f"{name}.int8"].float() * tensors[f"{name}.scale"].float()[:, None]
+            halves = (f"{name}.int8", f"{name}.scale")
+            return {name: rows, **{key: tensors[key] for key in tensors if key not in halves}}
+    return tensors
+
+
+def _weight_file(source: Path) -> Path:
+    """Return the weight file that `source` means."""
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such file or folder")
+    folder = source / "text_encoder" if (source / "text_encoder").is_dir() else source
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others.pop()
+    names = ", ".join(path.name for path in others) or "none"
+    raise ValueError(
+        f"{folder}: no model.safetensors (other safetensors files: {names}). Name the weight file itself"
+    )
+
+
+def _tokenizer_folder(source: Path, tokenizer: Path | None) -> Path:
+    """Return the folder of vocab.json and merges.txt: the one given, or one in or beside `source`."""
+    if tokenizer is not None:
+        return tokenizer.parent if tokenizer.is_file() else tokenizer
+    folder = source.parent if source.is_file() else source
+    places = [folder / "tokenizer", folder, folder.parent / "tokenizer"]
+    for place in places:
+        if (place / "vocab.json").is_file():
+            return place
+    raise ValueError(
+        f"{source}: no tokenizer found (looked for vocab.json in {', '.join(map(str, places))})."
+        " Give the folder with vocab.json and merges.txt"
+    )
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """Return the named tensors of a safetensors file or of a plain pickled state dict."""
+    if path.suffix == ".safetensors":
+        return TensorFile(path)
+    content = read_pickle(path)
+    if not isinstance(content, Mapping) or not all(torch.is_tensor(v) for v in content.values()):
+        raise ValueError(f"{path}: not a state dict of tensors. Give model.safetensors instead")
+    return cast(Mapping[str, Tensor], content)
+
+
+def _settings(weights: Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Return the settings of the config.json beside the weights, else those that shapes tell."""
+    path = weights.parent / "config.json"
+    if not path.is_file():
+        return infer_settings(tensors, source=str(weights))
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}). Download it again") from error
+    # A whole CLIP model's configuration holds the text tower's as a part.
+    if isinstance(settings, dict) and isinstance(settings.get("text_config"), dict):
+        settings = settings["text_config"]
+    if not isinstance(settings, dict) or "hidden_size" not in settings:
+        raise ValueError(f"{path}: no hidden_size in it, so not a CLIP text model's configuration")
+    return settings
+
+
+def infer_settings(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Any]:
+    """Return the settings that the shapes of a CLIP text model tell.
+
+    Raises ValueError where the file is another model's, or its width is no known tower's.
+    """
+    bare = {name.removeprefix("text_model."): name for name in tensors}
+    first = "encoder.layers.0.mlp.fc1.weight"
+    rows = _ROWS if _ROWS in bare else f"{_ROWS}.int8"
+    positions = "embeddings.position_embedding.weight"
+    for name in (rows, positions, first):
+        if name not in bare:
+            raise ValueError(
+                f"{source}: no tensor text_model.{name}, so not a CLIP text model in transformers' names"
+            )
+    vocabulary, width = tensors[bare[rows]].shape
+    if width not in _ACTIVATIONS:
+        raise ValueError(
+            f"{source}: a text model of width {width}; the file does not say its activation. Put its"
+            " config.json beside it"
+        )
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": tensors[bare[first]].shape[0],
+        "max_position_embeddings": tensors[bare[positions]].shape[0],
+        "num_hidden_layers": len(set(_layers(bare))),
+        "num_attention_heads": width // _HEAD_WIDTH,
+        "hidden_act": _ACTIVATIONS[width],
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+    }
+
+
+def _layers(names: Mapping[str, str]) -> Iterator[str]:
+    """Yield the layer number of each name that has one."""
+    for name in names:
+        if name.startswith("encoder.layers."):
+            yield name.split(".")[2]
+
+
+def _relevant(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that shape the computation, so that old and new versions read the same."""
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "hidden_act",
+        "layer_norm_eps",
+        "bos_token_id",
+        "eos_token_id",
+    )
+    # attention_dropout and the rest act in training alone; pad_token_id is the tokenizer's to say.
+    return {name: settings[name] for name in names if name in settings}

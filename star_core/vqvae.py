@@ -1,0 +1,222 @@
+"""The VQ-VAE around the quantizer: taming-transformers' encoder and decoder, as VAR uses them (paper 3.1).
+
+Pictures are (B, 3, H, W) in [-1, 1]; features are (B, D, H / f, W / f) with f = `VQVAEConfig.downsample`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import VQVAEConfig
+from .quantizer import MultiScaleQuantizer
+
+NORM_EPS = 1e-6
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the channels change."""
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int, operations: ModuleType) -> None:
+        super().__init__()
+        self.norm1 = operations.GroupNorm(groups, channels_in, eps=NORM_EPS)
+        self.conv1 = operations.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = operations.GroupNorm(groups, channels_out, eps=NORM_EPS)
+        self.conv2 = operations.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.shortcut = (
+            nn.Identity() if channels_in == channels_out else operations.Conv2d(channels_in, channels_out, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C', h, w)."""
+        h: Tensor = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        shortcut: Tensor = self.shortcut(x)
+        return shortcut + h
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions of a feature map."""
+
+    def __init__(self, channels: int, groups: int, operations: ModuleType) -> None:
+        super().__init__()
+        self.norm = operations.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.qkv = operations.Conv2d(channels, 3 * channels, 1)
+        self.proj = operations.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C, h, w)."""
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (t c) h w -> t b 1 (h w) c", t=3)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        back = rearrange(mixed, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        projected: Tensor = self.proj(back)
+        return x + projected
+
+
+class Downsample(nn.Module):
+    """Halve both sides: a stride-2 convolution over a picture padded at the right and the bottom."""
+
+    def __init__(self, channels: int, operations: ModuleType) -> None:
+        super().__init__()
+        self.conv = operations.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C, h / 2, w / 2)."""
+        halved: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return halved
+
+
+class Upsample(nn.Module):
+    """Double both sides: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int, operations: ModuleType) -> None:
+        super().__init__()
+        self.conv = operations.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C, 2 h, 2 w)."""
+        doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return doubled
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention at the lowest one."""
+
+    def __init__(
+        self,
+        channels: list[int],
+        groups: int,
+        operations: ModuleType,
+        *,
+        attend: bool,
+        resize: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        pairs = list(zip(channels, channels[1:], strict=False))
+        self.block = nn.ModuleList(ResidualBlock(a, b, groups, operations) for a, b in pairs)
+        self.attn = nn.ModuleList(SpatialAttention(b, groups, operations) for _, b in pairs if attend)
+        self.resize = resize
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C', h', w'), resized where the level ends in a change of resolution."""
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        return x if self.resize is None else self.resize(x)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int, operations: ModuleType) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, groups, operations)
+        self.attn_1 = SpatialAttention(channels, groups, operations)
+        self.block_2 = ResidualBlock(channels, channels, groups, operations)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C, h, w)."""
+        x = self.block_1(x)
+        x = self.attn_1(x)
+        return self.block_2(x)  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
+
+
+class Encoder(nn.Module):
+    """Picture to features."""
+
+    def __init__(self, config: VQVAEConfig, operations: ModuleType) -> None:
+        super().__init__()
+        base, groups = config.base_channels, config.norm_groups
+        widths = [base * m for m in config.channel_multipliers]
+        self.conv_in = operations.Conv2d(3, base, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, (before, width) in enumerate(zip([base, *widths], widths, strict=False)):
+            lowest = level == len(widths) - 1
+            self.down.append(
+                Level(
+                    [before] + [width] * config.residual_blocks,
+                    groups,
+                    operations,
+                    attend=lowest,
+                    resize=None if lowest else Downsample(width, operations),
+                )
+            )
+        self.mid = Middle(widths[-1], groups, operations)
+        self.norm_out = operations.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = operations.Conv2d(widths[-1], config.code_width, 3, padding=1)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Map (B, 3, H, W) to (B, D, H / f, W / f)."""
+        x = self.conv_in(pictures)
+        for level in self.down:
+            x = level(x)
+        features: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return features
+
+
+class Decoder(nn.Module):
+    """Features to picture. `up` is stored from the finest level to the lowest, as in taming."""
+
+    def __init__(self, config: VQVAEConfig, operations: ModuleType) -> None:
+        super().__init__()
+        groups = config.norm_groups
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        self.conv_in = operations.Conv2d(config.code_width, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups, operations)
+        self.up = nn.ModuleList()
+        for level, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+            self.up.append(
+                Level(
+                    [before] + [width] * (config.residual_blocks + 1),
+                    groups,
+                    operations,
+                    attend=level == len(widths) - 1,
+                    resize=None if level == 0 else Upsample(width, operations),
+                )
+            )
+        self.norm_out = operations.GroupNorm(groups, widths[0], eps=NORM_EPS)
+        self.conv_out = operations.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (B, D, h, w) to (B, 3, h * f, w * f)."""
+        x = self.mid(self.conv_in(features))
+        for level in reversed(self.up):
+            x = level(x)
+        pictures: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return pictures
+
+
+class VQVAE(nn.Module):
+    """Encoder, quantizer and decoder with the two 3x3 convolutions between them."""
+
+    def __init__(self, config: VQVAEConfig, *, operations: ModuleType = nn) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, operations)
+        self.decoder = Decoder(config, operations)
+        self.quantizer = MultiScaleQuantizer(config.codebook_size, config.code_width, operations=operations)
+        self.quant_conv = operations.Conv2d(config.code_width, config.code_width, 3, padding=1)
+        self.post_quant_conv = operations.Conv2d(config.code_width, config.code_width, 3, padding=1)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Return the features (B, D, H / f, W / f) of pictures (B, 3, H, W) in [-1, 1], not quantized.
+
+        Raises ValueError where a side is not a multiple of f.
+        """
+        height, width = pictures.shape[-2:]
+        step = self.config.downsample
+        if height % step or width % step:
+            raise ValueError(f"pictures of {width}x{height} pixels: both sides must be multiples of {step}")
+        dtype = self.quant_conv.weight.dtype
+        features: Tensor = self.quant_conv(self.encoder(pictures.to(dtype)))
+        return features.float()
+
+    def decode(self, f_hat: Tensor) -> Tensor:
+        """Return the pictures (B, 3, h * f, w * f) of f_hat (B, D, h, w), clamped to [-1, 1], float32."""
+        dtype = self.post_quant_conv.weight.dtype
+        pictures = self.decoder(self.post_quant_conv(f_hat.to(dtype)))
+        return pictures.float().clamp(-1, 1)  # type: ignore[no-any-return]  # Module call: Any

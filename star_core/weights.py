@@ -1,0 +1,189 @@
+"""The one place that opens weight files: safetensors, and pickles through one guarded reader.
+
+Loading is strict: modules are built on the meta device, every tensor of a file is known or left out for a
+stated reason, and every parameter is filled. All errors are ValueErrors naming file, key and remedy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import VQVAEConfig
+from .key_tables import VQVAE_KEYS, KeyTable
+from .vqvae import VQVAE
+
+log = logging.getLogger(__name__)
+
+METADATA_KEY = "star"
+FORMAT = "star-1"
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of one safetensors file, read one at a time when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        self.path = path
+        try:
+            # Opened once here so that a broken file is refused before any module is built.
+            with safe_open(path, framework="pt") as file:
+                self._names = tuple(file.keys())
+                self.metadata: dict[str, str] = dict(file.metadata() or {})
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}: not a whole safetensors file ({error!s:.200}). Download it again; an original"
+                " .pth needs `python -m star_core convert` first"
+            ) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+
+def read_pickle(path: Path) -> Any:
+    """Read a .pth or .pt file with weights_only=True, memory-mapped.
+
+    Raises ValueError where the file is missing, broken, or asks to run code.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: this pickle needs more than tensors and plain containers ({error!s:.160})."
+            " It could run code and is not opened. Ask its maker for safetensors, or re-save only the"
+            " state dict on a machine that you can afford to lose"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{path}: not a whole PyTorch file ({error!s:.200}). Download it again") from error
+
+
+def fill(
+    module: ModuleT,
+    tensors: Mapping[str, Tensor],
+    table: KeyTable,
+    *,
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> ModuleT:
+    """Give a module on the meta device its tensors, by the key table, strictly.
+
+    `tensors` carries official names. Raises ValueError naming the missing, surplus or misshapen keys.
+    """
+    names = check_keys(module, tensors, table, source)
+    found = {}
+    for official, ours in names.items():
+        tensor = tensors[official]
+        found[ours] = tensor.to(device=device, dtype=_dtype_of(ours, tensor, dtype))
+    module.load_state_dict(found, strict=True, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def check_keys(
+    module: nn.Module, tensors: Mapping[str, Tensor], table: KeyTable, source: str
+) -> dict[str, str]:
+    """Return official -> our name of every tensor that fills the module, without reading any.
+
+    Raises ValueError naming the missing, surplus or misshapen keys.
+    """
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    names: dict[str, str] = {}
+    surplus = []
+    for official in tensors:
+        ours = table.ours(official)
+        if reason := table.reason_dropped(official):
+            log.debug("%s: %s left out: %s", source, official, reason)
+        elif ours is None or ours not in wanted:
+            surplus.append(official)
+        else:
+            shape = _shape(tensors, official)
+            if shape != wanted[ours]:
+                raise ValueError(
+                    f"{source}: {official} has shape {shape}, the configuration wants {wanted[ours]}."
+                    " Another preset, or a file of another model?"
+                )
+            names[official] = ours
+    filled = set(names.values())
+    missing = [table.official(name) or name for name in wanted if name not in filled]
+    if missing or surplus:
+        raise ValueError(f"{source}: {_key_complaint(missing, surplus)}")
+    return names
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    return tensors.shape(name) if isinstance(tensors, TensorFile) else tuple(tensors[name].shape)
+
+
+def _dtype_of(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return what to store a parameter in: log scales stay float32, they are exponentiated."""
+    return torch.float32 if name.endswith("log_scale") else dtype or tensor.dtype
+
+
+def _key_complaint(missing: list[str], surplus: list[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+    if surplus:
+        parts.append(f"{len(surplus)} tensors are not known, the first is {surplus[0]}")
+    return "; ".join(parts) + ". Is this the right file for this model and preset?"
+
+
+def build_on_meta(make: Callable[[], ModuleT]) -> ModuleT:
+    """Build a module without memory, to be filled with a file's own tensors."""
+    with torch.device("meta"):
+        return make()
+
+
+def official_state(module: nn.Module, table: KeyTable) -> dict[str, Tensor]:
+    """Return a module's state dict under the official names."""
+    state = {}
+    for name, tensor in module.state_dict().items():
+        official = table.official(name)
+        assert official is not None, f"the key table has no official name for {name}"
+        state[official] = tensor.contiguous()
+    return state
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose metadata also names the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), path, {"format": "pt", "star_format": FORMAT, **metadata})
+
+
+def vqvae_record(config: VQVAEConfig) -> str:
+    """Return what a VQ-VAE file's metadata says of it."""
+    return json.dumps({"vqvae": asdict(config)}, separators=(",", ":"))
+
+
+def save_vqvae(path: Path, vqvae: VQVAE) -> None:
+    """Write a VQ-VAE with its configuration in the metadata."""
+    save_tensors(path, official_state(vqvae, VQVAE_KEYS), {METADATA_KEY: vqvae_record(vqvae.config)})
