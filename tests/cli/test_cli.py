@@ -1,0 +1,195 @@
+"""The command line, on a tiny checkpoint that the tests write themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from star_core.__main__ import main
+from star_core.checkpoint import Networks, save_networks
+from star_core.config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
+from star_core.pictures import read_recipe
+from star_core.vqvae import VQVAE
+from star_core.weights import save_vqvae
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "star_core" / "demo"
+TEXT_WIDTH = 128
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder with a tiny random model and the shipped text encoder."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    vqvae_config = VQVAEConfig(8, (1, 2, 2), 1, codebook_size=32, code_width=8, norm_groups=4)
+    config = StarConfig(
+        "tiny",
+        TransformerConfig(1, 64, 1, 3, TEXT_WIDTH, 32, code_width=8, sampler_depth=1),
+        vqvae_config,
+        square_maps((1, 2, 4)),
+        "top-k",
+    )
+    networks = Networks(config.transformer)
+    networks.transformer.initialise(torch.Generator().manual_seed(0))
+    networks.causal_sampler.initialise(torch.Generator().manual_seed(1))
+    save_networks(folder / "star.safetensors", config, networks)
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        save_vqvae(folder / "vqvae.safetensors", VQVAE(vqvae_config))
+    for name in ("text_encoder", "tokenizer"):
+        shutil.copytree(DEMO / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def sample(checkpoint, capsys):
+    """Run `sample` on the tiny checkpoint; return (exit code, output, error)."""
+
+    def run(*arguments):
+        code = main(
+            ["sample", *map(str, arguments), "--checkpoint", str(checkpoint), "--device", "cpu", "--quiet"]
+        )
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def pixels(path):
+    return list(Image.open(path).convert("RGB").tobytes())
+
+
+def test_a_prompt_becomes_a_picture_of_the_trained_size(sample, tmp_path):
+    code, out, _ = sample("a red apple", "--seed", 1, "--out", tmp_path / "a.png")
+    assert code == 0
+    assert out.strip() == str(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (16, 16)
+
+
+def test_the_same_seed_draws_the_same_picture_and_another_seed_another(sample, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert sample("cat", "--seed", seed, "--out", tmp_path / f"{name}.png")[0] == 0
+    assert pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")
+    assert pixels(tmp_path / "a.png") != pixels(tmp_path / "c.png")
+
+
+def test_a_picture_is_drawn_again_from_its_own_recipe(sample, tmp_path):
+    folder = tmp_path / "many"
+    assert (
+        sample("cat", "dog", "--count", 2, "--seed", 9, "--schedule", "demo-1024", "--folder", folder)[0] == 0
+    )
+    pictures = sorted(folder.glob("*.png"))
+    assert len(pictures) == 4
+    for picture in pictures:
+        again = tmp_path / "again.png"
+        assert sample("--recipe", picture, "--out", again)[0] == 0
+        assert pixels(again) == pixels(picture)
+        assert read_recipe(again) == read_recipe(picture)
+
+
+def test_prompts_come_from_a_file_too(sample, tmp_path):
+    (tmp_path / "prompts.txt").write_text("sun\n\nmoon\n", encoding="utf-8")
+    code, out, _ = sample("--prompts-file", tmp_path / "prompts.txt", "--folder", tmp_path / "out")
+    assert code == 0
+    assert [Path(line).name for line in out.splitlines()] == ["sun-s0-0.png", "moon-s0-0.png"]
+
+
+def test_nothing_that_exists_is_overwritten_in_a_folder(sample, tmp_path):
+    for _ in range(2):
+        assert sample("sun", "--folder", tmp_path)[0] == 0
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["sun-s0-0-2.png", "sun-s0-0.png"]
+
+
+def test_a_strip_shows_the_picture_after_each_scale(sample, tmp_path):
+    assert sample("sun", "--strip", "--out", tmp_path / "sun.png")[0] == 0
+    strip = Image.open(tmp_path / "sun-scales.png")
+    assert strip.size == (3 * 16 + 2 * 4, 16)
+    last = strip.crop((40, 0, 56, 16)).convert("RGB")
+    assert list(last.tobytes()) == pixels(tmp_path / "sun.png")
+
+
+def test_another_aspect_ratio_has_its_own_maps(sample, tmp_path):
+    assert sample("sun", "--size", "32x8", "--out", tmp_path / "wide.png")[0] == 0
+    assert Image.open(tmp_path / "wide.png").size == (32, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "nothing to draw"),
+        (("sun", "--size", "64"), "--size is written as"),
+        (("sun", "--size", "640x480"), "cannot draw 640x480"),
+        (("sun", "--count", "0"), "--count must be at least 1"),
+        (("sun", "--seed", "-1"), "--seed lies between"),
+        (("sun", "moon", "--out", "x.png"), "--out is for one picture"),
+        (("sun", "--out", "x.jpg"), "written as .png"),
+        (("sun", "--schedule", "top_k banana"), "'banana' is not a whole number"),
+        (("sun", "--schedule", "fastest"), "neither a preset"),
+        (("sun", "--schedule", "maps 1 2 3 4; top_k 5"), "the schedule has 4 scales"),
+        (("sun", "--device", "abacus"), "cannot be used here"),
+        (("sun", "--preset", "star-256-d16"), "contradicts"),
+        (("--recipe", "nothing.png"), "not a picture that can be opened"),
+        (("--prompts-file", "nothing.txt"), "cannot be read"),
+        (("sun", "--vqvae", "nothing.safetensors"), "no VQ-VAE there"),
+    ],
+)
+def test_a_mistake_is_one_message_with_exit_code_2_and_no_picture(
+    checkpoint, capsys, tmp_path, monkeypatch, arguments, complaint
+):
+    monkeypatch.chdir(tmp_path)
+    options = ["--checkpoint", str(checkpoint), "--quiet"]
+    if "--device" not in arguments:
+        options += ["--device", "cpu"]
+    assert main(["sample", *arguments, *options]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_checkpoint_is_named(capsys):
+    assert main(["sample", "sun", "--checkpoint", "nowhere"]) == 2
+    assert "nowhere: no such file or folder" in capsys.readouterr().err
+
+
+def test_inspect_says_what_every_file_of_a_folder_is(checkpoint, capsys):
+    assert main(["inspect", str(checkpoint)]) == 0
+    out = capsys.readouterr().out
+    assert "tiny: 16x16 pixels" in out
+    assert "VQ-VAE" in out
+    assert "CLIP text encoder" in out
+
+
+def test_inspect_sends_a_pickle_to_convert(tmp_path, capsys):
+    (tmp_path / "model.pth").write_bytes(b"x")
+    assert main(["inspect", str(tmp_path / "model.pth")]) == 2
+    assert "convert" in capsys.readouterr().err
+
+
+def test_parity_prints_a_row_per_quantity_and_exits_0(capsys):
+    assert main(["parity", str(ROOT / "tests" / "fixtures" / "public.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "greedy_tokens" in out
+    assert "all quantities hold" in out
+
+
+def test_help_and_mistakes_do_not_wait_for_torch_or_transformers():
+    script = (
+        "import sys; from star_core.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print('MODULES', [m for m in ('transformers', 'torch') if m in sys.modules])"
+    )
+    for arguments, allowed in ((["--help"], []), (["sample", "--nonsense"], []), (["inspect"], ["torch"])):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        loaded = json.loads(done.stdout.splitlines()[-1].removeprefix("MODULES ").replace("'", '"'))
+        assert set(loaded) <= set(allowed), arguments
