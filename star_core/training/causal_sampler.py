@@ -1,0 +1,176 @@
+"""Trains the causal sampler on a frozen transformer: cross-entropy on a scale's unknown tokens (paper 4.3).
+
+Where the released training differs from how its head is used, this one follows the use: every scale is seen
+alone with its start position (not all refined scales under one mask), the empty map is among the lessons,
+there is no extra class for known tokens, and no DropPath.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..causal_sampler import CausalSampler
+from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
+from ..config import StarConfig
+from ..presets import sampler_start
+from ..text_encoder import load_text_encoder
+from ..transformer import Transformer
+from .emoji import EmojiSet
+from .lessons import Lesson, Lessons, run_folder_file
+from .run import Average, Checkpoint, add_run_arguments, rate_at, set_rate, shuffled_batches
+from .transformer import optimizers
+
+log = logging.getLogger(__name__)
+
+EMPTY_SHARE = 0.15
+"""How often a lesson's map is empty, as inference begins: the arccos share alone hardly ever falls below 0.1."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `train sampler` to the command line."""
+    add_run_arguments(parser, steps=600, batch=48, rate=2e-3)
+    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--tokenizer-run", type=Path, required=True)
+    parser.add_argument("--transformer-run", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
+    parser.add_argument("--sampler-depth", type=int, default=3)
+
+
+def known_mask(batch: int, tokens: int, rng: np.random.Generator) -> Tensor:
+    """Return which tokens (B, n) a lesson shows: an arccos-distributed share per row, or none at all."""
+    share = np.arccos(rng.random((batch, 1))) / (math.pi / 2)
+    share[rng.random((batch, 1)) < EMPTY_SHARE] = 0.0
+    return torch.from_numpy(rng.random((batch, tokens)) < share)
+
+
+class SamplerLessons:
+    """The frozen transformer's features of the refined scales, for any batch."""
+
+    def __init__(self, transformer: Transformer, lessons: Lessons) -> None:
+        self.transformer = transformer
+        self.lessons = lessons
+        self.first = sampler_start(len(lessons.maps))
+        self.lengths = [h * w for h, w in lessons.maps]
+        self.rotations = transformer.rotations(lessons.maps).to(lessons.device)
+
+    @torch.no_grad()
+    def features(self, lesson: Lesson) -> Tensor:
+        """Return the last block's output (B, L, C) under teacher forcing."""
+        keys = self.transformer.text_keys(lesson.text.hidden, lesson.text.mask)
+        found: Tensor = self.transformer(lesson.inputs, lesson.text.pooled, keys, self.lessons.maps)
+        return found
+
+    def loss(self, sampler: CausalSampler, lesson: Lesson, rng: np.random.Generator) -> Tensor:
+        """Return the cross-entropy in nats on the unknown tokens of all refined scales."""
+        features = self.features(lesson).split(self.lengths, dim=1)
+        tokens = lesson.tokens.split(self.lengths, dim=1)
+        total: Tensor = features[0].new_zeros(())
+        for scale in range(self.first, len(self.lengths)):
+            known = known_mask(len(tokens[scale]), self.lengths[scale], rng).to(features[0].device)
+            logits = self.logits(sampler, tokens[scale], known, features[scale], lesson, scale)
+            total = total + F.cross_entropy(logits[~known], tokens[scale][~known].long())
+        return total / (len(self.lengths) - self.first)
+
+    def logits(
+        self,
+        sampler: CausalSampler,
+        tokens: Tensor,
+        known: Tensor,
+        features: Tensor,
+        lesson: Lesson,
+        scale: int,
+    ) -> Tensor:
+        """Return the sampler's logits (B, n, V) for a scale of which some tokens are known."""
+        codes = self.lessons.quantizer.lookup(tokens.long(), self.lessons.maps[scale])
+        shown = rearrange(codes, "b d h w -> b (h w) d") * known.unsqueeze(-1)
+        start = sum(self.lengths[:scale])
+        positions = torch.arange(start, start + self.lengths[scale], device=features.device)
+        rotation = self.rotations.select(torch.cat([positions.new_zeros(1), positions]))
+        found: Tensor = sampler(shown, features, lesson.text.pooled, scale, rotation)
+        return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, resuming where a checkpoint is, and export transformer and sampler as `star.safetensors`."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    base, networks = load_networks(run_folder_file(args.transformer_run, "star.safetensors"), device=device)
+    config = dataclasses.replace(
+        base, transformer=dataclasses.replace(base.transformer, sampler_depth=args.sampler_depth)
+    )
+    data = EmojiSet.load(args.data, args.size)
+    vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
+    text_encoder = load_text_encoder(args.text, device=device)
+    lessons = Lessons(data, vqvae, text_encoder, config.maps, device)
+    teaching = SamplerLessons(networks.transformer, lessons)
+    sampler = CausalSampler(config.transformer)
+    sampler.initialise(torch.Generator().manual_seed(args.seed))
+    sampler.to(device)
+    made = optimizers(sampler, args.rate)
+    average = Average(sampler, 0.998)
+    checkpoint = Checkpoint(args.run / "checkpoint.pt")
+    if state := checkpoint.load():
+        sampler.load_state_dict(state["model"])
+        for optimizer, stored in zip(made, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        average.state, average.steps = state["average"], checkpoint.step
+    train = data.indices("train")
+    for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
+        step = checkpoint.step
+        if step >= args.steps:
+            break
+        rng = np.random.default_rng([args.seed, step])
+        loss = teaching.loss(sampler, lessons.lesson([int(i) for i in train[batch.numpy()]], rng), rng)
+        for optimizer in made:
+            set_rate(optimizer, rate_at(step, args.steps, args.rate))
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(sampler.parameters(), 2.0)
+        for optimizer in made:
+            optimizer.step()
+        average.update(sampler)
+        checkpoint.step += 1
+        if step % 20 == 0:
+            log.info("step %d %.0f s loss %.3f", step, checkpoint.total_seconds(), loss.item())
+        if checkpoint.step % args.save_every == 0 or checkpoint.step == args.steps:
+            checkpoint.save(
+                {
+                    "model": sampler.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in made],
+                    "average": average.state,
+                }
+            )
+            averaged = export(average, config, networks.transformer, args.run).to(device)
+            log.info("step %d held-out loss %.3f", checkpoint.step, held_out_loss(teaching, averaged))
+
+
+@torch.no_grad()
+def held_out_loss(teaching: SamplerLessons, sampler: CausalSampler, count: int = 128) -> float:
+    """Return the loss on held-out pictures with their plain captions, under fixed masks."""
+    indices = [int(i) for i in teaching.lessons.data.indices("pairs")[:count]]
+    lesson = teaching.lessons.lesson(indices, None)
+    return teaching.loss(sampler, lesson, np.random.default_rng(0)).item()
+
+
+def export(average: Average, config: StarConfig, transformer: Transformer, folder: Path) -> CausalSampler:
+    """Write transformer and averaged sampler as one file in float16; return the sampler in float32."""
+    half = Networks(config.transformer)
+    half.transformer.load_state_dict(transformer.state_dict())
+    assert half.causal_sampler is not None, "the configuration has a sampler"
+    half.causal_sampler.load_state_dict(average.state)
+    save_networks(folder / "star.safetensors", config, half.half())
+    sampler = CausalSampler(config.transformer)
+    sampler.load_state_dict(average.state)
+    return sampler

@@ -1,0 +1,122 @@
+"""What every training stage shares: resumable state on disk, the learning-rate curve, averaged weights."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..weights import read_pickle
+
+log = logging.getLogger(__name__)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
+    """Add the options that every stage has."""
+    parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and export")
+    parser.add_argument("--steps", type=int, default=steps, help="total steps, resumed ones too")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--rate", type=float, default=rate, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+
+
+def rate_at(step: int, steps: int, peak: float, *, warmup: int = 100, decay: float = 0.4) -> float:
+    """Return the learning rate: linear warm-up, flat, then linear to 2 % over the last `decay` share.
+
+    The flat middle lets a finished run be resumed with more steps without a second warm-up.
+    """
+    rise = min(1.0, (step + 1) / warmup)
+    fall = min(1.0, max(0.0, (steps - step) / (decay * steps)))
+    return peak * rise * (0.02 + 0.98 * fall)
+
+
+class Average:
+    """Exponential moving average of a module's parameters, the weights that are exported."""
+
+    def __init__(self, module: nn.Module, keep: float) -> None:
+        self.keep = keep
+        self.steps = 0
+        self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take the module's present parameters in, faster at the start of a run."""
+        self.steps += 1
+        keep = min(self.keep, self.steps / (self.steps + 10))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value, 1 - keep)
+            else:
+                self.state[name].copy_(value)
+
+
+@dataclass
+class Checkpoint:
+    """One resumable state on disk; saving is atomic, so that a kill leaves the last whole file."""
+
+    path: Path
+    step: int = 0
+    seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the stored state, or None where there is none yet."""
+        if not self.path.exists():
+            return None
+        state = read_pickle(self.path)
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        log.info("resuming %s at step %d (%.0f s so far)", self.path, self.step, self.seconds)
+        return dict(state)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state with the step and the seconds spent so far."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {**state, "step": self.step, "seconds": self.total_seconds()}
+        part = self.path.with_suffix(".part")
+        torch.save(whole, part)
+        os.replace(part, self.path)
+
+    def total_seconds(self) -> float:
+        """Return the seconds of training, earlier sessions counted in."""
+        return self.seconds + time.monotonic() - self.started
+
+
+def shuffled_batches(count: int, batch: int, seed: int, first_step: int) -> Iterator[Tensor]:
+    """Yield batches of indices below `count`, epoch by epoch, from step `first_step` on.
+
+    Epoch e's order depends on (seed, e) alone, so that a resumed run sees what an unbroken one would.
+    """
+    if count < batch:
+        raise ValueError(f"{count} pictures do not fill one batch of {batch}: lower --batch")
+    per_epoch = count // batch
+    step = first_step
+    while True:
+        epoch, within = divmod(step, per_epoch)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=generator)
+        for start in range(within, per_epoch):
+            yield order[start * batch : (start + 1) * batch]
+            step += 1
+
+
+def pictures_to_tensor(pictures: Any, device: torch.device) -> Tensor:
+    """Return uint8 pictures (N, H, W, 3) as (N, 3, H, W) float32 in [-1, 1]."""
+    tensor = torch.from_numpy(pictures.copy()).to(device)
+    return tensor.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set every group's learning rate to rate times the group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("factor", 1.0)

@@ -1,0 +1,181 @@
+"""Trains the VQ-VAE: L1, LPIPS and the quantizer's loss, with unused codes seeded anew (paper 3.1)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TokenMap, VQVAEConfig, square_maps
+from ..evaluation.lpips import load_lpips
+from ..quantizer import Quantized
+from ..vqvae import VQVAE
+from ..weights import save_vqvae
+from .emoji import EmojiSet
+from .packages import asset_path
+from .run import (
+    Average,
+    Checkpoint,
+    add_run_arguments,
+    pictures_to_tensor,
+    rate_at,
+    set_rate,
+    shuffled_batches,
+)
+
+log = logging.getLogger(__name__)
+
+RESEED_EVERY = 100
+RESEED_UNTIL = 0.7
+LPIPS_WEIGHT = 0.3
+QUANTIZER_WEIGHT = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `train tokenizer` to the command line."""
+    add_run_arguments(parser, steps=2400, batch=16, rate=1.5e-3)
+    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--packages", type=Path, default=Path("build/packages"))
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--channels", type=int, default=24, help="base channels")
+    parser.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 4, 4])
+    parser.add_argument("--residual-blocks", type=int, default=1)
+    parser.add_argument("--norm-groups", type=int, default=8)
+    parser.add_argument("--codebook", type=int, default=1024)
+    parser.add_argument("--code-width", type=int, default=32)
+
+
+class Tokenizer:
+    """The module under training, its losses and the codebook's book-keeping."""
+
+    def __init__(self, config: VQVAEConfig, maps: tuple[TokenMap, ...], perceptual: nn.Module) -> None:
+        self.vqvae = VQVAE(config)
+        # mypy knows no overload of Module.to for memory formats.
+        self.vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        nn.init.normal_(self.vqvae.quantizer.codebook.weight, std=0.5)
+        self.maps = maps
+        self.perceptual = perceptual
+        self.uses = torch.zeros(config.codebook_size)
+
+    def loss(self, pictures: Tensor, *, perceptual: bool) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of pictures (B, 3, H, W) and its parts."""
+        features = self.vqvae.encode(pictures)
+        f_hat, vq, quantized = self.vqvae.quantizer.training_losses(features, self.maps)
+        drawn = self.vqvae.decoder(self.vqvae.post_quant_conv(f_hat))
+        pixel = (drawn - pictures).abs().mean()
+        loss = pixel + QUANTIZER_WEIGHT * vq
+        parts = {"l1": pixel.item(), "vq": vq.item()}
+        if perceptual:
+            few = max(1, pictures.shape[0] // 3)
+            distance = self.perceptual(drawn[:few].clamp(-1, 1), pictures[:few]).mean()
+            loss = loss + LPIPS_WEIGHT * distance
+            parts["lpips"] = distance.item()
+        self._count(quantized)
+        return loss, parts
+
+    def _count(self, quantized: Quantized) -> None:
+        for tokens in quantized.tokens:
+            self.uses += tokens.flatten().bincount(minlength=len(self.uses)).cpu()
+
+    @torch.no_grad()
+    def reseed(self, pictures: Tensor, generator: torch.Generator) -> int:
+        """Move codes that nothing used onto features and rests of features; return how many."""
+        unused = (self.uses == 0).nonzero().flatten()
+        self.uses.zero_()
+        features = self.vqvae.encode(pictures)
+        after = self.vqvae.quantizer.quantize(features, self.maps).f_hats
+        rests = torch.cat([features, *(features - f_hat for f_hat in after[:-1])])
+        points = rests.permute(0, 2, 3, 1).reshape(-1, rests.shape[1])
+        chosen = torch.randint(len(points), (len(unused),), generator=generator)
+        weight = self.vqvae.quantizer.codebook.weight
+        weight[unused.to(weight.device)] = points[chosen.to(points.device)]
+        return len(unused)
+
+
+@torch.no_grad()
+def reconstruct(vqvae: VQVAE, pictures: Tensor, maps: tuple[TokenMap, ...]) -> Tensor:
+    """Return pictures (B, 3, H, W) after encoding, quantizing and decoding, in [-1, 1]."""
+    return vqvae.decode(vqvae.quantizer.quantize(vqvae.encode(pictures), maps).f_hats[-1])
+
+
+def psnr(drawn: Tensor, real: Tensor) -> float:
+    """Return the mean peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    error = ((drawn - real) / 2).square().mean(dim=(1, 2, 3))
+    return float((-10 * error.log10()).mean())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, resuming where a checkpoint is, and export `vqvae.safetensors`."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    torch.default_generator.manual_seed(args.seed)  # a training command owns its process
+    config = VQVAEConfig(
+        args.channels,
+        tuple(args.multipliers),
+        args.residual_blocks,
+        args.codebook,
+        args.code_width,
+        args.norm_groups,
+    )
+    maps = square_maps(args.sides)
+    data = EmojiSet.load(args.data, args.size)
+    train, held_out = data.indices("train"), data.indices("pairs")[:128]
+    perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
+    trainer = Tokenizer(config, maps, perceptual)
+    trainer.vqvae.to(device)
+    optimizer = torch.optim.AdamW(trainer.vqvae.parameters(), args.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    average = Average(trainer.vqvae, 0.998)
+    checkpoint = Checkpoint(args.run / "checkpoint.pt")
+    if state := checkpoint.load():
+        trainer.vqvae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.state, average.steps = state["average"], checkpoint.step
+    generator = torch.Generator().manual_seed(args.seed + checkpoint.step)
+    for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
+        step = checkpoint.step
+        if step >= args.steps:
+            break
+        set_rate(optimizer, rate_at(step, args.steps, args.rate))
+        pictures = pictures_to_tensor(data.pictures[train[batch.numpy()]], device)
+        flip = torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5
+        pictures = torch.where(flip.to(device), pictures.flip(3), pictures)
+        pictures = pictures.to(memory_format=torch.channels_last)
+        loss, parts = trainer.loss(pictures, perceptual=step > 100)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainer.vqvae.parameters(), 2.0)
+        optimizer.step()
+        average.update(trainer.vqvae)
+        checkpoint.step += 1
+        # Early and often, then rarely: a codebook that starts dead stays dead otherwise.
+        if (step in (10, 30, 60) or (step + 1) % RESEED_EVERY == 0) and (step < RESEED_UNTIL * args.steps):
+            parts["unused"] = trainer.reseed(pictures, generator)
+        if step % 20 == 0 or "unused" in parts:
+            shown = " ".join(f"{k} {v:.4g}" for k, v in parts.items())
+            log.info("step %d %.0f s %s", step, checkpoint.total_seconds(), shown)
+        if checkpoint.step % args.save_every == 0 or checkpoint.step == args.steps:
+            checkpoint.save(
+                {
+                    "model": trainer.vqvae.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average.state,
+                }
+            )
+            export(average, config, args.run)
+            averaged = VQVAE(config).to(device).eval()
+            averaged.load_state_dict(average.state)
+            real = pictures_to_tensor(data.pictures[held_out], device)
+            drawn = reconstruct(averaged, real, maps)
+            log.info("step %d held-out PSNR %.2f dB", checkpoint.step, psnr(drawn, real))
+
+
+def export(average: Average, config: VQVAEConfig, folder: Path) -> None:
+    """Write the averaged weights as `vqvae.safetensors`, in float16."""
+    averaged = VQVAE(config)
+    averaged.load_state_dict(average.state)
+    save_vqvae(folder / "vqvae.safetensors", averaged.half())

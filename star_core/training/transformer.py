@@ -1,0 +1,175 @@
+"""Trains the scale-wise transformer: next-scale cross-entropy under teacher forcing (paper 4.4, 5.1).
+
+Muon for the matrices of the blocks, AdamW for the rest: on two CPU cores every step counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoint import Networks, load_vqvae, save_networks
+from ..config import StarConfig, TransformerConfig, square_maps, token_count
+from ..text_encoder import load_text_encoder
+from ..transformer import Transformer
+from .emoji import EmojiSet
+from .lessons import Lesson, Lessons, run_folder_file, window_positions
+from .run import Average, Checkpoint, add_run_arguments, rate_at, set_rate, shuffled_batches
+
+log = logging.getLogger(__name__)
+
+WINDOWED_SCALES = 2
+WINDOW_SHARE = 0.7
+WHOLE_SHARE = 0.15
+"""The last share of the steps trains on whole maps, as the model is used."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `train transformer` to the command line."""
+    add_run_arguments(parser, steps=2400, batch=48, rate=2e-3)
+    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--tokenizer-run", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
+    parser.add_argument("--depth", type=int, default=5)
+    parser.add_argument("--name", default="star-emoji-64")
+
+
+def optimizers(network: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Return Muon over the blocks' matrices and AdamW over everything else.
+
+    Raises ValueError where this torch has no Muon.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"training wants torch >= 2.9 for Muon, this is {torch.__version__}")
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        inner = "blocks." in name and parameter.ndim == 2
+        (matrices if inner else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw", nesterov=True),
+        torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.05),
+    ]
+
+
+def loss_of(transformer: Transformer, lesson: Lesson, lessons: Lessons, positions: Tensor | None) -> Tensor:
+    """Return the cross-entropy in nats, averaged over the batch's tokens (at `positions`)."""
+    keys = transformer.text_keys(lesson.text.hidden, lesson.text.mask)
+    features = transformer(lesson.inputs, lesson.text.pooled, keys, lessons.maps, positions=positions)
+    wanted = lesson.tokens if positions is None else lesson.tokens[:, positions]
+    return F.cross_entropy(transformer.logits(features).flatten(0, 1), wanted.flatten().long())
+
+
+@torch.no_grad()
+def held_out_loss(transformer: Transformer, lessons: Lessons, count: int = 128) -> list[float]:
+    """Return the cross-entropy per scale on held-out pictures with their plain captions."""
+    lesson = lessons.lesson([int(i) for i in lessons.data.indices("pairs")[:count]], None)
+    keys = transformer.text_keys(lesson.text.hidden, lesson.text.mask)
+    logits = transformer.logits(transformer(lesson.inputs, lesson.text.pooled, keys, lessons.maps))
+    losses = F.cross_entropy(logits.mT, lesson.tokens.long(), reduction="none").mean(dim=0)
+    return [float(part.mean()) for part in losses.split([h * w for h, w in lessons.maps])]
+
+
+def make_config(args: argparse.Namespace, text_width: int, lessons_vqvae: Path) -> StarConfig:
+    """Return the configuration of the model that is trained."""
+    vqvae = load_vqvae(lessons_vqvae).config
+    transformer = TransformerConfig(
+        depth=args.depth,
+        width=64 * args.depth,
+        heads=args.depth,
+        scales=len(args.sides),
+        text_width=text_width,
+        codebook_size=vqvae.codebook_size,
+        code_width=vqvae.code_width,
+        cross_attention="independent",
+    )
+    return StarConfig(args.name, transformer, vqvae, square_maps(args.sides), "top-k")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, resuming where a checkpoint is, and export `star.safetensors`."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    vqvae_file = run_folder_file(args.tokenizer_run, "vqvae.safetensors")
+    text_encoder = load_text_encoder(args.text, device=device)
+    config = make_config(args, text_encoder.width, vqvae_file)
+    data = EmojiSet.load(args.data, args.size)
+    vqvae = load_vqvae(vqvae_file, device=device)
+    lessons = Lessons(data, vqvae, text_encoder, config.maps, device)
+    log.info("%d pictures as %d tokens each", *lessons.tokens.shape)
+    transformer = Transformer(config.transformer)
+    transformer.initialise(torch.Generator().manual_seed(args.seed))
+    transformer.to(device)
+    made = optimizers(transformer, args.rate)
+    average = Average(transformer, 0.998)
+    checkpoint = Checkpoint(args.run / "checkpoint.pt")
+    if state := checkpoint.load():
+        transformer.load_state_dict(state["model"])
+        for optimizer, stored in zip(made, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        average.state, average.steps = state["average"], checkpoint.step
+    train = data.indices("train")
+    for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
+        step = checkpoint.step
+        if step >= args.steps:
+            break
+        rng = np.random.default_rng([args.seed, step])
+        lesson = lessons.lesson([int(i) for i in train[batch.numpy()]], rng)
+        positions = None
+        if step < (1 - WHOLE_SHARE) * args.steps:
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            positions = window_positions(config.maps, WINDOWED_SCALES, WINDOW_SHARE, generator)
+        loss = loss_of(transformer, lesson, lessons, positions)
+        for optimizer in made:
+            set_rate(optimizer, rate_at(step, args.steps, args.rate))
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(transformer.parameters(), 2.0)
+        for optimizer in made:
+            optimizer.step()
+        average.update(transformer)
+        checkpoint.step += 1
+        if step % 20 == 0:
+            tokens = token_count(config.maps) if positions is None else len(positions)
+            log.info(
+                "step %d %.0f s loss %.3f (%d tokens)",
+                step,
+                checkpoint.total_seconds(),
+                loss.item(),
+                tokens,
+            )
+        if checkpoint.step % args.save_every == 0 or checkpoint.step == args.steps:
+            checkpoint.save(
+                {
+                    "model": transformer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in made],
+                    "average": average.state,
+                }
+            )
+            averaged = export(average, config, args.run)
+            losses = held_out_loss(averaged.to(device), lessons)
+            log.info(
+                "step %d held-out loss %.3f, per scale %s",
+                checkpoint.step,
+                float(np.average(losses, weights=[h * w for h, w in config.maps])),
+                " ".join(f"{value:.2f}" for value in losses),
+            )
+
+
+def export(average: Average, config: StarConfig, folder: Path) -> Transformer:
+    """Write the averaged weights as `star.safetensors` in float16; return them in float32."""
+    networks = Networks(config.transformer)
+    networks.transformer.load_state_dict(average.state)
+    half = Networks(config.transformer)
+    half.transformer.load_state_dict(average.state)
+    save_networks(folder / "star.safetensors", config, half.half())
+    return networks.transformer
