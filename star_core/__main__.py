@@ -20,6 +20,7 @@ TRAIN_STAGES = {
     "data": ("emoji", "download and render the emoji pictures"),
     "text": ("text", "distil the CLIP text encoder"),
     "tokenizer": ("tokenizer", "train the VQ-VAE"),
+    "decoder": ("decoder", "train the VQ-VAE's decoder on, tokens unchanged"),
     "transformer": ("transformer", "train the scale-wise transformer"),
     "sampler": ("causal_sampler", "train the causal sampler on the frozen transformer"),
 }

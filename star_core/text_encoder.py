@@ -83,11 +83,12 @@ class TextEncoder(nn.Module):
         """Return L, the number of positions every prompt is padded or cut to (77 for CLIP)."""
         return int(self.model.config.max_position_embeddings)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextStates:
         """Return the states of N prompts; "" is the unconditional one.
 
-        Words beyond the last position are cut off, with a warning that quotes them.
+        Words beyond the last position are cut off, with a warning that quotes them. The states are plain
+        tensors, so that a transformer can be trained on them.
         """
         if isinstance(prompts, str):
             raise ValueError(f"encode takes a sequence of prompts, not one string: [{prompts!r}]")
@@ -175,11 +176,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name}. It comes in the folder tokenizer/ of the model")
-    # In 4.x `CLIPTokenizer` is a slow twin whose ids change with the presence of ftfy; the fast one
-    # is what 5 calls CLIPTokenizer, so both versions give the same ids.
+    # In 4.x `CLIPTokenizer` is a slow twin that treats typographic quotes and CJK otherwise, depending on
+    # whether ftfy is installed. The fast one is what 5 calls CLIPTokenizer: equal ids in every version.
     kind = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer
     try:
-        words = kind.from_pretrained(str(folder), local_files_only=True)
+        words = kind.from_pretrained(str(folder), local_files_only=True, clean_up_tokenization_spaces=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: not a CLIP tokenizer ({error!s:.200})") from error
     return cast("PreTrainedTokenizerBase", words)

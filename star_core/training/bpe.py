@@ -17,6 +17,7 @@ START = "<|startoftext|>"
 END = "<|endoftext|>"
 WORD_END = "</w>"
 MAX_TOKENS = 77
+START_ID, END_ID = VOCABULARY - 2, VOCABULARY - 1
 
 _MERGES = VOCABULARY - 2 * 256 - 2
 

@@ -33,7 +33,7 @@ from .transformer import optimizers
 log = logging.getLogger(__name__)
 
 EMPTY_SHARE = 0.15
-"""How often a lesson's map is empty, as inference begins: the arccos share alone hardly ever falls below 0.1."""
+"""How often a lesson's map is empty, as inference begins: the arccos share alone is rarely below 0.1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -107,13 +107,13 @@ def load_minilm(folder: Path, *, device: str = "cpu") -> MiniLM:
         raise ValueError(f"{words}: no such file. The asset `minilm` holds it")
     file = TensorFile(folder / "model.fp16.safetensors")
     tensors = {name: file[name].to(device, torch.float32) for name in file}
-    missing = [name for name in _names() if name not in tensors]
+    missing = [name for name in tensor_names() if name not in tensors]
     if missing:
         raise ValueError(f"{file.path}: no tensor {missing[0]}. Is this all-MiniLM-L6-v2?")
     return MiniLM(tensors, Tokenizer.from_file(str(words)))
 
 
-def _names() -> Iterator[str]:
+def tensor_names() -> Iterator[str]:
     """Yield the name of every tensor that the forward pass reads."""
     yield from (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type"))
     parts = [

@@ -16,24 +16,24 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..text_encoder import load_tokenizer, quantize_rows
 from ..weights import save_tensors
-from . import minilm
-from .bpe import MAX_TOKENS, VOCABULARY, WORD_END, read_merges, token_texts, vocabulary, write_tokenizer
+from .bpe import END_ID, MAX_TOKENS, START_ID, VOCABULARY, read_merges, write_tokenizer
+from .minilm import WIDTH as TEACHER_WIDTH
+from .minilm import load_minilm
 from .packages import asset_path
 from .run import Checkpoint, add_run_arguments, rate_at, set_rate
-from .words import PLAIN, STYLED, STYLES, Contents, Template, gather
+from .text_corpus import SHARES, Batch, Corpus, draw_batch, gather_corpus, word
+from .wording import STYLES, Wording
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WIDTH = 128
-START_ID, END_ID = VOCABULARY - 2, VOCABULARY - 1
 SETTINGS: Mapping[str, Any] = {
     "architectures": ["CLIPTextModel"],
     "model_type": "clip_text_model",
@@ -58,20 +57,9 @@ SETTINGS: Mapping[str, Any] = {
     "eos_token_id": END_ID,
     "pad_token_id": END_ID,
 }
-# How often each kind of content is drawn, and how many of it there are.
-SHARES: Mapping[str, float] = {
-    "emoji": 0.4,
-    "vocabulary": 0.15,
-    "words": 0.15,
-    "phrases": 0.2,
-    "glosses": 0.1,
-}
-WORDS, PHRASES, GLOSSES = 24576, 16384, 8192
-# One content in so many is never trained on, and measured instead.
-HELD_OUT = 50
+# Gives a token row about the spread of a state, 0.5 to 1 per dimension.
 _ROW_SCALE = 8.0
 _LENGTH_GROUPS = 4
-_NO_STYLE = len(STYLES)
 
 
 class Student(nn.Module):
@@ -80,9 +68,14 @@ class Student(nn.Module):
     def __init__(self, model: CLIPTextModel) -> None:
         super().__init__()
         self.model = model
-        self.meaning = nn.Linear(WIDTH, minilm.WIDTH)
-        self.word_meaning = nn.Linear(WIDTH, minilm.WIDTH)
+        self.meaning = nn.Linear(WIDTH, TEACHER_WIDTH)
+        self.word_meaning = nn.Linear(WIDTH, TEACHER_WIDTH)
         self.style = nn.Linear(WIDTH, len(STYLES) + 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where it computes."""
+        return self.meaning.weight.device
 
     def forward(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return pooled states (N, T) and mean word states (N, T) of ids (N, L) padded on the right.
@@ -93,52 +86,17 @@ class Student(nn.Module):
         order = lengths.argsort()
         groups = [self._states(ids[rows], lengths[rows]) for rows in order.chunk(_LENGTH_GROUPS)]
         back = order.argsort()
-        pooled, mean = (torch.cat(parts)[back] for parts in zip(*groups))
+        pooled, mean = (torch.cat(parts)[back] for parts in zip(*groups, strict=True))
         return pooled, mean
 
     def _states(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         longest = int(lengths.max())
-        hidden = self.model(input_ids=ids[:, :longest]).last_hidden_state
-        places = torch.arange(longest)
+        hidden: Tensor = self.model(input_ids=ids[:, :longest]).last_hidden_state
+        places = torch.arange(longest, device=ids.device)
         # START is no word; END counts, so that the empty prompt has a mean too.
         words = (places > 0) & (places < lengths[:, None])
         mean = (hidden * words[..., None]).sum(1) / words.sum(1, keepdim=True)
         return hidden[torch.arange(len(hidden)), lengths - 1], mean
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Contents as token ids, with the teacher's embedding of each, and which to draw per kind."""
-
-    texts: tuple[str, ...]
-    ids: tuple[tuple[int, ...], ...]
-    targets: Tensor
-    trained: Mapping[str, NDArray[np.int64]]
-    held_out: Mapping[str, NDArray[np.int64]]
-
-
-class Wording:
-    """Wraps contents into templates, on token ids: CLIP's tokens never cross a space."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        def ids(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(text)["input_ids"][1:-1])
-
-        def both(template: Template, style: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-            before = ids(template.before.format(style=style))
-            return before, ids(template.after.format(style=style))
-
-        self.styled = [[both(template, style) for template in STYLED] for style in STYLES]
-        self.plain = [both(template, "") for template in PLAIN]
-
-    def draw(self, content: tuple[int, ...], rng: np.random.Generator) -> tuple[list[int], int]:
-        """Return the ids of the content in some wording, and the index of the style it names."""
-        style = int(rng.integers(len(STYLES))) if content and rng.random() < 0.5 else _NO_STYLE
-        choices = self.plain if style == _NO_STYLE else self.styled[style]
-        # The empty prompt stays empty; the bare forms are the commonest among the others too.
-        common = not content or rng.random() < 0.4
-        before, after = choices[0 if common else int(rng.integers(len(choices)))]
-        return [START_ID, *before, *content, *after][: MAX_TOKENS - 1] + [END_ID], style
 
 
 def new_student(rows: Tensor, directions: Tensor, seed: int) -> Student:
@@ -150,7 +108,7 @@ def new_student(rows: Tensor, directions: Tensor, seed: int) -> Student:
 
     with torch.random.fork_rng(devices=[]):
         # transformers initialises from torch's global generator; the fork puts it back as it was.
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         student = Student(CLIPTextModel(CLIPTextConfig(**SETTINGS)))
     inner = getattr(student.model, "text_model", student.model)
     with torch.no_grad():
@@ -171,86 +129,23 @@ def new_student(rows: Tensor, directions: Tensor, seed: int) -> Student:
 
 def principal_directions(targets: Tensor) -> Tensor:
     """Return the first T principal directions (384, T) of embeddings (N, 384), not centred."""
-    _, vectors = torch.linalg.eigh(targets.T.double() @ targets.double())
+    vectors: Tensor = torch.linalg.eigh(targets.T.double() @ targets.double()).eigenvectors
     return vectors[:, -WIDTH:].flip(1).float()
 
 
-def loss_of(student: Student, ids: Tensor, lengths: Tensor, targets: Tensor, styles: Tensor) -> Tensor:
+def loss_of(student: Student, batch: Batch) -> Tensor:
     """Return the training loss of a batch: meaning of the whole, of its words, likeness, style."""
-    pooled, mean = student(ids, lengths)
+    pooled, mean = student(batch.ids, batch.lengths)
     meaning = F.normalize(student.meaning(pooled), dim=-1)
     words = F.normalize(student.word_meaning(mean), dim=-1)
-    far = 1 - (meaning * targets).sum(-1).mean()
-    far_words = 1 - (words * targets).sum(-1).mean()
+    far = 1 - (meaning * batch.targets).sum(-1).mean()
+    far_words = 1 - (words * batch.targets).sum(-1).mean()
     # Who is like whom within the batch, as the teacher sees it: what nearest neighbours depend on.
     sharp = 20.0
-    wanted = (sharp * targets @ targets.T).softmax(-1)
-    alike = F.cross_entropy(sharp * meaning @ targets.T, wanted)
-    return far + 0.5 * far_words + 0.1 * alike + 0.1 * F.cross_entropy(student.style(pooled), styles)
-
-
-def batch_of(
-    corpus: Corpus, wording: Wording, batch: int, seed: int, step: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ids (N, L), lengths, targets (N, 384) and styles of a step; (seed, step) decides all."""
-    rng = np.random.default_rng((seed, step))
-    counts = rng.multinomial(batch, list(SHARES.values()))
-    draws = [rng.choice(corpus.trained[kind], count) for kind, count in zip(SHARES, counts)]
-    chosen = np.concatenate(draws).tolist()
-    # The unconditional prompt is one text among thousands, and half of every guided picture.
-    empty = max(1, batch // 128)
-    chosen[:empty] = [0] * empty
-    drawn = [wording.draw(corpus.ids[index], rng) for index in chosen]
-    ids, lengths = padded([row for row, _ in drawn])
-    return ids, lengths, corpus.targets[chosen], torch.tensor([style for _, style in drawn])
-
-
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return rows of ids as one tensor (N, L), L the longest row, and their lengths (N,)."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[END_ID] * (longest - len(row))] for row in rows])
-    return ids, torch.tensor([len(row) for row in rows])
-
-
-def gather_corpus(packages: Path, tokenizer_folder: Path, cache: Path, seed: int) -> tuple[Corpus, Tensor]:
-    """Return the corpus, and the teacher's embedding (V, 384) of what each token spells.
-
-    The teacher's work is kept in `cache`; its first run takes about 10 minutes on two cores.
-    """
-    tokens = list(vocabulary(read_merges(asset_path("clip-bpe", packages))))
-    spelled = token_texts(tokens)
-    whole = {spelled[i]: i for i, token in enumerate(tokens) if token.endswith(WORD_END)}
-    contents = gather(
-        asset_path("emojibase", packages),
-        asset_path("wordnet", packages),
-        list(whole),
-        words=WORDS,
-        phrases=PHRASES,
-        glosses=GLOSSES,
-        seed=seed,
-    )
-    teacher = minilm.load_minilm(asset_path("minilm", packages))
-    rows = minilm.embed_cached(teacher, spelled, cache)
-    known = rows[[whole[word] for word in contents.vocabulary]]
-    return _corpus(contents, known, teacher, load_tokenizer(tokenizer_folder), cache), rows
-
-
-def _corpus(contents: Contents, known: Tensor, teacher: minilm.MiniLM, tokenizer: Any, cache: Path) -> Corpus:
-    """Return the contents of every kind as ids and targets; those of `vocabulary` are `known`."""
-    texts: list[str] = []
-    targets = []
-    trained, held_out = {}, {}
-    for kind in SHARES:
-        part: tuple[str, ...] = getattr(contents, kind)
-        numbers = np.arange(len(texts), len(texts) + len(part))
-        aside = numbers % HELD_OUT == HELD_OUT - 1
-        trained[kind], held_out[kind] = numbers[~aside], numbers[aside]
-        targets.append(known if kind == "vocabulary" else minilm.embed_cached(teacher, part, cache))
-        texts.extend(part)
-    assert texts[0] == "", "the unconditional prompt is content 0"
-    ids = tokenizer(texts)["input_ids"]
-    bare = tuple(tuple(row[1:-1][: MAX_TOKENS - 2]) for row in ids)
-    return Corpus(tuple(texts), bare, F.normalize(torch.cat(targets), dim=-1), trained, held_out)
+    wanted = (sharp * batch.targets @ batch.targets.T).softmax(-1)
+    alike = F.cross_entropy(sharp * meaning @ batch.targets.T, wanted)
+    style = F.cross_entropy(student.style(pooled), batch.styles)
+    return far + 0.5 * far_words + 0.1 * alike + 0.1 * style
 
 
 def export(student: Student, tokenizer: Path, folder: Path) -> None:
@@ -288,30 +183,26 @@ def measure(student: Student, corpus: Corpus, wording: Wording, seed: int) -> di
     kinds, the nearest teacher embedding to the student's is its own. style: share of wordings
     whose style (or its absence) the probe reads off the pooled state.
     """
-    student.eval()
     figures = {}
     meanings, targets, right = [], [], []
     for kind in SHARES:
         rng = np.random.default_rng((seed, 1))
-        chosen = corpus.held_out[kind].tolist()
-        drawn = [wording.draw(corpus.ids[index], rng) for index in chosen]
-        pooled, _ = student(*padded([row for row, _ in drawn]))
+        batch = word(corpus, wording, corpus.held_out[kind], rng).to(student.device)
+        pooled, _ = student(batch.ids, batch.lengths)
         meaning = F.normalize(student.meaning(pooled), dim=-1)
-        figures[f"cosine_{kind}"] = float((meaning * corpus.targets[chosen]).sum(-1).mean())
-        styles = torch.tensor([style for _, style in drawn])
-        right.append((student.style(pooled).argmax(-1) == styles).float())
+        figures[f"cosine_{kind}"] = float((meaning * batch.targets).sum(-1).mean())
+        right.append((student.style(pooled).argmax(-1) == batch.styles).float())
         meanings.append(meaning)
-        targets.append(corpus.targets[chosen])
+        targets.append(batch.targets)
     nearest = (torch.cat(meanings) @ torch.cat(targets).T).argmax(-1)
     figures["retrieval"] = float((nearest == torch.arange(len(nearest))).float().mean())
     figures["style"] = float(torch.cat(right).mean())
-    student.train()
     return figures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this stage."""
-    add_run_arguments(parser, steps=2000, batch=512, rate=1e-3)
+    add_run_arguments(parser, steps=700, batch=256, rate=2e-3)
     parser.add_argument("--packages", type=Path, default=Path("build/packages"))
 
 
@@ -322,9 +213,12 @@ def run(args: argparse.Namespace) -> None:
     folder: Path = args.run
     tokenizer = folder / "tokenizer"
     write_tokenizer(read_merges(asset_path("clip-bpe", args.packages)), tokenizer)
-    corpus, rows = gather_corpus(args.packages, tokenizer, folder / "teacher", args.seed)
+    teacher = load_minilm(asset_path("minilm", args.packages), device=args.device)
+    cache = folder / "teacher"
+    corpus, rows = gather_corpus(args.packages, load_tokenizer(tokenizer), teacher, cache, args.seed)
     wording = Wording(load_tokenizer(tokenizer))
     student = new_student(rows, principal_directions(corpus.targets), args.seed)
+    student.to(args.device)
     train(student, corpus, wording, args)
     export(student, tokenizer, folder / "export")
     figures = measure(student, corpus, wording, args.seed)
@@ -342,7 +236,8 @@ def train(student: Student, corpus: Corpus, wording: Wording, args: argparse.Nam
         log.info("before training: %s", _told(measure(student, corpus, wording, args.seed)))
     for step in range(checkpoint.step, args.steps):
         set_rate(optimizer, rate_at(step, args.steps, args.rate))
-        loss = loss_of(student, *batch_of(corpus, wording, args.batch, args.seed, step))
+        batch = draw_batch(corpus, wording, args.batch, seed=args.seed, step=step).to(student.device)
+        loss = loss_of(student, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -360,11 +255,12 @@ def _optimizer(student: Student) -> torch.optim.Optimizer:
 
     A row that no text uses has no gradient; decay would wear away what it was initialised to mean.
     """
-    decayed, free = [], []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim == 2 and "embedding" not in name else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": free, "weight_decay": 0.0}]
+    named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    decays = {name for name, p in named if p.ndim == 2 and "embedding" not in name}
+    groups = [
+        {"params": [p for name, p in named if name in decays], "weight_decay": 0.02},
+        {"params": [p for name, p in named if name not in decays], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), lr=0.0, fused=True)
 
 

@@ -20,6 +20,7 @@ from ..text_encoder import load_text_encoder
 from ..transformer import Transformer
 from .emoji import EmojiSet
 from .lessons import Lesson, Lessons, run_folder_file, window_positions
+from .muon import Muon
 from .run import Average, Checkpoint, add_run_arguments, rate_at, set_rate, shuffled_batches
 
 log = logging.getLogger(__name__)
@@ -39,23 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer-run", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
     parser.add_argument("--depth", type=int, default=5)
+    parser.add_argument("--width", type=int, default=256, help="heads have 64 each")
     parser.add_argument("--name", default="star-emoji-64")
 
 
 def optimizers(network: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Return Muon over the blocks' matrices and AdamW over everything else.
-
-    Raises ValueError where this torch has no Muon.
-    """
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"training wants torch >= 2.9 for Muon, this is {torch.__version__}")
+    """Return Muon over the blocks' matrices and AdamW over everything else."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         inner = "blocks." in name and parameter.ndim == 2
         (matrices if inner else others).append(parameter)
     return [
-        torch.optim.Muon(matrices, rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw", nesterov=True),
+        Muon(matrices, rate, weight_decay=0.05),
         torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.05),
     ]
 
@@ -83,8 +80,8 @@ def make_config(args: argparse.Namespace, text_width: int, lessons_vqvae: Path) 
     vqvae = load_vqvae(lessons_vqvae).config
     transformer = TransformerConfig(
         depth=args.depth,
-        width=64 * args.depth,
-        heads=args.depth,
+        width=args.width,
+        heads=args.width // 64,
         scales=len(args.sides),
         text_width=text_width,
         codebook_size=vqvae.codebook_size,

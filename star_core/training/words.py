@@ -1,8 +1,6 @@
 """The texts that the shipped text encoder learns from: what emoji are called, WordNet, and phrases.
 
-A text here is content alone ("jet plane"). The wording around it ("Fluent 3D emoji of ...") is drawn
-anew at every training step, see `TEMPLATES`: the content is what the teacher embeds, the style is learnt
-apart, and the rest of the wording should change nothing.
+A text here is content alone ("jet plane"); what people write around it is in `wording.py`.
 """
 
 from __future__ import annotations
@@ -17,121 +15,15 @@ import numpy as np
 
 from .captions import clean_text
 
-STYLES = (
-    "Noto",
-    "Noto blob",
-    "Twemoji",
-    "Fluent",
-    "Fluent flat",
-    "Fluent 3D",
-    "EmojiOne",
-    "Firefox",
+# fmt: off
+_ADJECTIVES = (
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey",
+    "golden", "silver", "big", "small", "tiny", "huge", "old", "young", "new", "happy", "sad",
+    "angry", "crying", "laughing", "smiling", "sleeping", "funny", "cute", "scary", "round",
+    "square", "long", "short", "open", "closed", "broken", "shiny", "wooden", "metal", "hot",
+    "cold", "flying", "running", "swimming", "wild", "baby",
 )
-
-
-@dataclass(frozen=True)
-class Template:
-    """Wording around a content; `{style}` stands where a style's name goes, if it names one."""
-
-    before: str
-    after: str = ""
-
-    @property
-    def styled(self) -> bool:
-        """Return whether the wording names a style."""
-        return "{style}" in self.before + self.after
-
-
-# The first of each kind is the commonest; `text.py` draws it half of the time.
-STYLED = (
-    Template("{style} emoji of"),
-    Template("{style} emoji of a"),
-    Template("a {style} emoji of"),
-    Template("{style}"),
-    Template("", ", {style} emoji"),
-    Template("{style} emoji ,"),
-    Template("{style} style"),
-    Template("", "emoji , {style}"),
-    Template("", ", {style}"),
-    Template("", ", {style} style"),
-    Template("", "in {style} style"),
-    Template("a", "in {style} style"),
-    Template("an emoji of", "in {style} style"),
-    Template("", "{style} emoji"),
-    Template("", "emoji {style}"),
-)
-PLAIN = (
-    Template(""),
-    Template("emoji of"),
-    Template("", "emoji"),
-    Template("a"),
-    Template("an"),
-    Template("the"),
-    Template("an emoji of"),
-    Template("an emoji of a"),
-    Template("a photo of"),
-    Template("a photo of a"),
-    Template("a picture of"),
-    Template("a picture of a"),
-    Template("an image of"),
-    Template("a drawing of a"),
-    Template("an icon of"),
-    Template("a cute"),
-    Template("", "icon"),
-    Template("", "picture"),
-    Template("draw a"),
-)
-TEMPLATES = STYLED + PLAIN
-
-_ADJECTIVES = [
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "black",
-    "white",
-    "grey",
-    "golden",
-    "silver",
-    "big",
-    "small",
-    "tiny",
-    "huge",
-    "old",
-    "young",
-    "new",
-    "happy",
-    "sad",
-    "angry",
-    "crying",
-    "laughing",
-    "smiling",
-    "sleeping",
-    "funny",
-    "cute",
-    "scary",
-    "round",
-    "square",
-    "long",
-    "short",
-    "open",
-    "closed",
-    "broken",
-    "shiny",
-    "wooden",
-    "metal",
-    "hot",
-    "cold",
-    "flying",
-    "running",
-    "swimming",
-    "wild",
-    "baby",
-]
+# fmt: on
 _JOINS = ("and", "with", "on", "in", "holding", "next to", "without", "for", "under", "wearing")
 
 # WordNet's lexicographer files of nouns that have a look: animal, artifact, body, food, object, person,

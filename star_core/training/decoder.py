@@ -1,0 +1,131 @@
+"""Trains the VQ-VAE's decoder on, with encoder and codebook frozen.
+
+Tokens stay what they are, so that a transformer trained on them stays valid while its pictures get better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import load_vqvae
+from ..config import square_maps
+from ..evaluation.lpips import load_lpips
+from ..vqvae import VQVAE
+from .emoji import EmojiSet
+from .lessons import encode_all, run_folder_file
+from .packages import asset_path
+from .run import (
+    Average,
+    Checkpoint,
+    add_run_arguments,
+    pictures_to_tensor,
+    rate_at,
+    set_rate,
+    shuffled_batches,
+)
+from .tokenizer import LPIPS_WEIGHT, export, psnr
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `train decoder` to the command line."""
+    add_run_arguments(parser, steps=1500, batch=16, rate=1.5e-3)
+    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--packages", type=Path, default=Path("build/packages"))
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--tokenizer-run", type=Path, required=True)
+
+
+def drawn(vqvae: VQVAE, tokens: Tensor, lengths: list[int], sides: list[int]) -> Tensor:
+    """Return what the decoder makes of tokens (B, L): pictures (B, 3, H, W), not clamped."""
+    with torch.no_grad():
+        f_hat = vqvae.quantizer.f_hats(tokens.split(lengths, dim=1), square_maps(sides))[-1]
+    pictures: Tensor = vqvae.decoder(vqvae.post_quant_conv(f_hat))
+    return pictures
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, resuming where a checkpoint is, and export `vqvae.safetensors`."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
+    data = EmojiSet.load(args.data, args.size)
+    maps = square_maps(args.sides)
+    lengths = [h * w for h, w in maps]
+    tokens = encode_all(data, vqvae, maps, device)
+    trained = [*vqvae.decoder.parameters(), *vqvae.post_quant_conv.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
+    optimizer = torch.optim.AdamW(trained, args.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    average = Average(vqvae, 0.995)
+    checkpoint = Checkpoint(args.run / "checkpoint.pt")
+    if state := checkpoint.load():
+        vqvae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.state, average.steps = state["average"], checkpoint.step
+    train, held_out = data.indices("train"), data.indices("pairs")[:128]
+    for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
+        step = checkpoint.step
+        if step >= args.steps:
+            break
+        set_rate(optimizer, rate_at(step, args.steps, args.rate))
+        chosen = train[batch.numpy()]
+        real = pictures_to_tensor(data.pictures[chosen], device)
+        made = drawn(vqvae, tokens[torch.from_numpy(chosen)].to(device), lengths, args.sides)
+        pixel = (made - real).abs().mean()
+        few = max(1, len(real) // 3)
+        distance = perceptual(made[:few].clamp(-1, 1), real[:few]).mean()
+        loss = pixel + LPIPS_WEIGHT * distance
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 2.0)
+        optimizer.step()
+        average.update(vqvae)
+        checkpoint.step += 1
+        if step % 20 == 0:
+            seconds = checkpoint.total_seconds()
+            log.info("step %d %.0f s l1 %.4f lpips %.4f", step, seconds, pixel.item(), distance.item())
+        if checkpoint.step % args.save_every == 0 or checkpoint.step == args.steps:
+            checkpoint.save(
+                {
+                    "model": vqvae.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average.state,
+                }
+            )
+            export(average, vqvae.config, args.run)
+            log.info(
+                "step %d held-out PSNR %.2f dB",
+                checkpoint.step,
+                held_out_psnr(average, vqvae, tokens, data, held_out, args.sides),
+            )
+
+
+@torch.no_grad()
+def held_out_psnr(
+    average: Average,
+    vqvae: VQVAE,
+    tokens: Tensor,
+    data: EmojiSet,
+    held_out: npt.NDArray[np.int64],
+    sides: list[int],
+) -> float:
+    """Return the averaged decoder's PSNR in dB on held-out pictures."""
+    averaged = VQVAE(vqvae.config)
+    averaged.load_state_dict(average.state)
+    real = pictures_to_tensor(data.pictures[held_out], torch.device("cpu"))
+    lengths = [side * side for side in sides]
+    made = drawn(averaged, tokens[torch.from_numpy(held_out)], lengths, sides)
+    return psnr(made.clamp(-1, 1), real)

@@ -1,0 +1,112 @@
+"""What the training stages share: windows, resumable batches, the rate curve, Muon, known masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from star_core.config import square_maps, token_count
+from star_core.training.causal_sampler import EMPTY_SHARE, known_mask
+from star_core.training.lessons import window_positions
+from star_core.training.muon import Muon, orthogonalise
+from star_core.training.run import Average, Checkpoint, rate_at, shuffled_batches
+
+MAPS = square_maps((1, 2, 3, 4, 6, 8))
+
+
+def test_a_window_keeps_early_scales_whole_and_the_same_place_of_late_ones():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        positions = window_positions(MAPS, 2, 0.7, generator)
+        assert len(positions) == 30 + 4 * 4 + 6 * 6
+        assert len(positions.unique()) == len(positions)
+        assert positions.max() < token_count(MAPS)
+        assert torch.equal(positions[:30], torch.arange(30))
+        six, eight = (positions[30:46] - 30).view(4, 4), (positions[46:] - 66).view(6, 6)
+        assert torch.equal(six[:, 1:] - six[:, :-1], torch.ones(4, 3, dtype=torch.long))
+        top_six, top_eight = int(six[0, 0]) // 6 / 6, int(eight[0, 0]) // 8 / 8
+        assert abs(top_six - top_eight) <= 0.3
+
+
+def test_a_resumed_run_sees_the_batches_of_an_unbroken_one():
+    whole = shuffled_batches(50, 8, seed=3, first_step=0)
+    batches = [next(whole) for _ in range(20)]
+    resumed = shuffled_batches(50, 8, seed=3, first_step=9)
+    for expected in batches[9:]:
+        assert torch.equal(next(resumed), expected)
+    epoch = torch.cat(batches[:6])
+    assert len(epoch.unique()) == 48
+
+
+def test_too_few_pictures_for_a_batch_are_refused():
+    with pytest.raises(ValueError, match="do not fill one batch of 8"):
+        next(shuffled_batches(5, 8, seed=0, first_step=0))
+
+
+def test_the_rate_rises_stays_and_falls():
+    rates = [rate_at(step, 1000, 1.0, warmup=100, decay=0.4) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[100:600] == [1.0] * 500
+    assert rates[-1] < 0.03
+    assert all(a >= b for a, b in zip(rates[600:], rates[601:], strict=False))
+
+
+def test_muon_updates_have_singular_values_near_one():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((16, 64), (64, 16), (32, 32)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=generator)))
+        assert values.max() < 1.3
+        assert values.median() > 0.6
+
+
+def test_muon_agrees_with_torch_in_direction_and_size():
+    if not hasattr(torch.optim, "Muon"):
+        # torch has it from 2.9 on; the property test above stands alone before that.
+        assert torch.__version__ < "2.9"
+        return
+    generator = torch.Generator().manual_seed(1)
+    start, gradient = (torch.randn(24, 40, generator=generator) for _ in range(2))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    reference = torch.optim.Muon([theirs], 0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    optimizer = Muon([ours], 0.01, weight_decay=0.05)
+    for _ in range(3):
+        for parameter, maker in ((ours, optimizer), (theirs, reference)):
+            parameter.grad = gradient.clone()
+            maker.step()
+    moved, wanted = (ours - start).detach(), (theirs - start).detach()
+    # torch iterates in bfloat16, hence the tolerance.
+    assert float((moved - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_lessons_of_the_sampler_show_nothing_at_times_and_an_arccos_share_otherwise():
+    known = known_mask(4000, 64, np.random.default_rng(0)).float().mean(dim=1)
+    empty = float((known == 0).float().mean())
+    assert EMPTY_SHARE - 0.02 < empty < EMPTY_SHARE + 0.04
+    assert 0.60 < float(known[known > 0].mean()) < 0.68
+
+
+def test_a_checkpoint_comes_back_with_its_step_and_seconds(tmp_path):
+    first = Checkpoint(tmp_path / "checkpoint.pt")
+    assert first.load() is None
+    first.step = 7
+    first.save({"model": {"weight": torch.ones(2)}})
+    second = Checkpoint(tmp_path / "checkpoint.pt")
+    state = second.load()
+    assert second.step == 7
+    assert torch.equal(state["model"]["weight"], torch.ones(2))
+    assert second.total_seconds() >= first.seconds
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_averaged_weights_follow_quickly_at_first_and_slowly_later():
+    module = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        module.weight.fill_(0.0)
+        average = Average(module, 0.998)
+        module.weight.fill_(1.0)
+    average.update(module)
+    assert float(average.state["weight"]) > 0.5
+    for _ in range(2000):
+        average.update(module)
+    assert float(average.state["weight"]) == pytest.approx(1.0, abs=0.05)
