@@ -1,0 +1,52 @@
+"""STAR: scale-wise text-conditioned autoregressive image generation (arXiv 2406.10797).
+
+    star = load()                                   # the shipped model
+    pictures = star.draw(["a red apple"], options=Options(seed=1))
+
+Dimension key of the docstrings: B pictures, R rows (B, or 2 B with unconditional twins), S scales, h and w the
+sides of a token map, n = h w its tokens, L tokens of all scales, C width, D codebook width, V codebook size,
+T text positions. Words: scale, token map, f_hat, codebook, start token, guidance, causal sampler (README).
+
+Names are imported on first use: `import star_core` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import StarConfig as StarConfig
+    from .generate import KeptTokens as KeptTokens
+    from .generate import Request as Request
+    from .generate import ScaleStep as ScaleStep
+    from .presets import SCHEDULES as SCHEDULES
+    from .presets import read_schedule as read_schedule
+    from .schedule import ScalePolicy as ScalePolicy
+    from .schedule import ScaleSchedule as ScaleSchedule
+    from .star import Options as Options
+    from .star import Star as Star
+    from .star import load as load
+    from .text_encoder import TextStates as TextStates
+
+_HOMES = {
+    "KeptTokens": "generate",
+    "Options": "star",
+    "Request": "generate",
+    "SCHEDULES": "presets",
+    "ScalePolicy": "schedule",
+    "ScaleSchedule": "schedule",
+    "ScaleStep": "generate",
+    "Star": "star",
+    "StarConfig": "config",
+    "TextStates": "text_encoder",
+    "load": "star",
+    "read_schedule": "presets",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"star_core has no {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

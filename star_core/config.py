@@ -22,7 +22,7 @@ CrossAttention = Literal["paired", "independent"]
 trained with); `independent`: each row reads its own text (the paper's equation)."""
 
 MAP_AREA_TOLERANCE = 0.12
-"""How far a stretched token map's area may stray from the trained one (relative, rounding included)."""
+"""How far the area of an untrained token map may stray from the trained one's (relative)."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -116,6 +116,7 @@ class VQVAEConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         _require(len(self.channel_multipliers) > 0, "channel_multipliers is empty")
+        _require(self.norm_groups > 0, f"norm_groups must be positive, got {self.norm_groups}")
         for multiplier in self.channel_multipliers:
             channels = self.base_channels * multiplier
             _require(
@@ -180,7 +181,9 @@ class StarConfig:
                 maps=tuple((h, w) for h, w in record["maps"]),
                 schedule=record["schedule"],
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except KeyError as error:
+            raise ValueError(f"not a STAR configuration (no field {error}): {text:.120}") from error
+        except (TypeError, ValueError) as error:
             raise ValueError(f"not a STAR configuration ({error!s:.200}): {text:.120}") from error
 
 
@@ -193,10 +196,11 @@ def maps_for_size(config: StarConfig, height: int, width: int) -> tuple[tuple[To
     """
     if (height, width) == config.resolution:
         return config.maps, True
-    stretched = dict(_stretched_sizes(config))
-    if (height, width) in stretched:
-        return stretched[height, width], False
-    sizes = ", ".join(f"{w}x{h}" for h, w in sorted(stretched))
+    latent = (height / config.vqvae.downsample, width / config.vqvae.downsample)
+    for last in _untrained_last_maps(config):
+        if last == latent and (maps := _stretched_maps(config, last)):
+            return maps, False
+    sizes = ", ".join(f"{w}x{h}" for h, w in untrained_sizes(config)) or "none"
     trained = f"{config.resolution[1]}x{config.resolution[0]}"
     raise ValueError(
         f"{config.name} cannot draw {width}x{height} pixels. Trained: {trained}. Untrained, same area: {sizes}"
@@ -205,26 +209,53 @@ def maps_for_size(config: StarConfig, height: int, width: int) -> tuple[tuple[To
 
 def untrained_sizes(config: StarConfig) -> list[tuple[int, int]]:
     """Return the (height, width) in pixels that `maps_for_size` offers beside the trained size."""
-    return sorted(size for size, _ in _stretched_sizes(config))
+    step = config.vqvae.downsample
+    lasts = [last for last in _untrained_last_maps(config) if _stretched_maps(config, last)]
+    return [(height * step, width * step) for height, width in lasts]
 
 
-def _stretched_sizes(
-    config: StarConfig,
-) -> list[tuple[tuple[int, int], tuple[TokenMap, ...]]]:
+def _untrained_last_maps(config: StarConfig) -> list[TokenMap]:
+    """Return the last maps of nearly the trained area with sides within half and twice the trained ones."""
     last_height, last_width = config.maps[-1]
-    area = last_height * last_width
-    found = []
-    for height in range(max(1, math.ceil(last_height / 2)), 2 * last_height + 1):
-        width = round(area / height)
-        if (height, width) == (last_height, last_width) or not 0.5 <= width / last_width <= 2:
-            continue
-        if abs(height * width / area - 1) > MAP_AREA_TOLERANCE:
-            continue
-        ratio = (height / last_height, width / last_width)
-        maps = tuple((max(1, round(h * ratio[0])), max(1, round(w * ratio[1]))) for h, w in config.maps[:-1])
-        side = config.vqvae.downsample
-        found.append(((height * side, width * side), (*maps, (height, width))))
-    return found
+    return [
+        (height, width)
+        for height, width in _shapes_of_area(last_height * last_width)
+        if 0.5 <= height / last_height <= 2 and 0.5 <= width / last_width <= 2
+        if (height, width) != (last_height, last_width)
+    ]
+
+
+def _shapes_of_area(area: int) -> list[TokenMap]:
+    """Return the token maps of nearly an area, low ones first: one per short side, both ways round."""
+    flat = [(short, round(area / short)) for short in range(1, math.isqrt(area) + 1)]
+    every = {*flat, *((width, height) for height, width in flat)}
+    return sorted(shape for shape in every if abs(math.prod(shape) / area - 1) <= MAP_AREA_TOLERANCE)
+
+
+def _stretched_maps(config: StarConfig, last: TokenMap) -> tuple[TokenMap, ...] | None:
+    """Return maps up to `last`, each of nearly its scale's trained area and closest to the new aspect.
+
+    None where no such maps grow from coarse to fine, as with two trained scales of nearly one area.
+    """
+    stretch = math.log(last[0] / last[1] * config.maps[-1][1] / config.maps[-1][0])
+    maps: list[TokenMap] = []
+    for height, width in config.maps[:-1]:
+        aspect = math.log(height / width) + stretch
+        lowest = maps[-1] if maps else (1, 1)
+        fitting = [
+            shape
+            for shape in _shapes_of_area(height * width)
+            if lowest[0] <= shape[0] <= last[0] and lowest[1] <= shape[1] <= last[1]
+        ]
+        if not fitting:
+            return None
+        maps.append(min(fitting, key=lambda shape: _strangeness(shape, aspect)))
+    return (*maps, last)
+
+
+def _strangeness(shape: TokenMap, aspect: float) -> tuple[float, int]:
+    """Return how far a map is from log(height / width) = aspect; the shorter short side decides ties."""
+    return round(abs(math.log(shape[0] / shape[1]) - aspect), 9), min(shape)
 
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

@@ -76,7 +76,7 @@ class ScalePolicy:
             ),
             (
                 not (self.smooth and self.steps),
-                f"a scale is drawn smooth or by {self.steps} causal sampler steps, not both",
+                f"steps is {self.steps} on a smooth scale, which the causal sampler cannot draw",
             ),
         )
         for holds, message in checks:
@@ -106,7 +106,7 @@ class ScaleSchedule:
         if self.maps is not None:
             check_maps(self.maps)
             if len(self.maps) != len(self.scales):
-                raise ValueError(f"the schedule has {len(self.maps)} maps and {len(self.scales)} scales")
+                raise ValueError(f"maps has {len(self.maps)} entries for {len(self.scales)} scales")
 
     @property
     def refines(self) -> bool:
@@ -243,11 +243,11 @@ def parse_schedule(text: str, scales: int | None = None) -> ScaleSchedule:
         if not rest:
             raise line.fail(name, f"{name.text} has no value")
         if name.text == "maps":
-            maps = tuple(_map_of(line, word) for word in rest)
+            maps = _maps_of(line, rest, expected)
         elif name.text == "strategy":
             strategy = _strategy_of(line, rest)
         elif name.text == "sampler_guidance":
-            sampler_guidance = float(_one_value(line, rest[0], float))
+            sampler_guidance = _only_value(line, rest)
         elif name.text in QUANTITIES:
             values[name.text] = _spread(line, rest, QUANTITIES[name.text], expected)
         else:
@@ -270,7 +270,7 @@ def _assemble(
         try:
             policies.append(ScalePolicy(**fields))  # type: ignore[arg-type]  # checked by QUANTITIES
         except ValueError as error:
-            line, word = _culprit(lines, str(error))
+            line, word = _culprit(lines, str(error), scale)
             raise line.fail(word, f"scale {scale + 1}: {error}") from error
     try:
         return ScaleSchedule(tuple(policies), sampler_guidance, strategy, maps)
@@ -279,12 +279,21 @@ def _assemble(
         raise line.fail(word, str(error)) from error
 
 
-def _culprit(lines: list[_Line], message: str) -> tuple[_Line, _Word]:
-    """Return the line whose quantity a message is about, the first line where none is."""
+def _culprit(lines: list[_Line], message: str, scale: int = 0) -> tuple[_Line, _Word]:
+    """Return the word that a message is about: the scale's, in the line of the quantity it begins with."""
     for line in lines:
         if re.match(rf"{re.escape(line.words[0].text)}\b", message):
-            return line, line.words[min(1, len(line.words) - 1)]
+            return line, _word_of_scale(line.words[1:], scale)
     return lines[0], lines[0].words[0]
+
+
+def _word_of_scale(words: tuple[_Word, ...], scale: int) -> _Word:
+    reach = 0
+    for word in words:
+        reach += _count_of(word)
+        if scale < reach and word.text != "ramp":
+            return word
+    return words[-1]
 
 
 def _lines(text: str) -> list[_Line]:
@@ -299,20 +308,20 @@ def _lines(text: str) -> list[_Line]:
 
 
 def _count_of(word: _Word) -> int:
-    repeat = re.search(r"\*(\d+)$", word.text)
+    repeat = re.search(r"\*(\d{1,9})$", word.text)
     return int(repeat.group(1)) if repeat else 1
 
 
 def _expected_scales(lines: list[_Line], scales: int | None) -> int:
-    """Return the number of scales: the caller's, or what the first line with several values says."""
+    """Return the number of scales: the caller's, that of the maps, or of the first line that lists values."""
     if scales is not None:
         return scales
-    for line in lines:
+    for line in sorted(lines, key=lambda line: line.words[0].text != "maps"):
         name, rest = line.words[0].text, line.words[1:]
         count = sum(_count_of(word) for word in rest)
         listed = name in QUANTITIES and rest and rest[0].text != "ramp"
-        if name == "maps" or (listed and count > 1):
-            return count
+        if (name == "maps" and rest) or (listed and count > 1):
+            return min(count, MAX_STEPS)
     raise ScheduleError(
         "the schedule does not say how many scales it has: add a `maps` line, as in `maps 1 2 3 4 6 8`"
     )
@@ -327,7 +336,7 @@ def _spread(
     if words[0].text == "ramp":
         if line.words[0].text != "guidance" or len(words) != 2:
             raise line.fail(words[0], "`ramp` is written as in `guidance ramp 4`")
-        return list(ramp(float(_one_value(line, words[1], float)), scales))
+        return list(ramp(_only_value(line, words[1:]), scales))
     values: list[bool | int | float] = []
     for word in words:
         count = _count_of(word)
@@ -341,8 +350,18 @@ def _spread(
     return values
 
 
+def _only_value(line: _Line, words: tuple[_Word, ...]) -> float:
+    """Return the number of a line that has one for all scales."""
+    for surplus in words[1:]:
+        raise line.fail(surplus, f"{line.words[0].text} takes one value")
+    (word,) = words
+    if "*" in word.text:
+        raise line.fail(word, f"{line.words[0].text} takes one value, for all scales together")
+    return float(_one_value(line, word, float))
+
+
 def _one_value(line: _Line, word: _Word, read: Callable[[str], bool | int | float]) -> bool | int | float:
-    text = re.sub(r"\*\d+$", "", word.text)
+    text = re.sub(r"\*\d{1,9}$", "", word.text)
     try:
         value = read(text)
     except (ValueError, KeyError) as error:
@@ -353,8 +372,20 @@ def _one_value(line: _Line, word: _Word, read: Callable[[str], bool | int | floa
     return value
 
 
+def _maps_of(line: _Line, words: tuple[_Word, ...], expected: int) -> tuple[TokenMap, ...]:
+    maps = tuple(_map_of(line, word) for word in words)
+    if len(maps) != expected:
+        raise line.fail(words[0], f"{len(maps)} maps for {expected} scales")
+    for stop in range(min(2, len(maps)), len(maps) + 1):
+        try:
+            check_maps(maps[:stop])
+        except ValueError as error:
+            raise line.fail(words[stop - 1], str(error)) from error
+    return maps
+
+
 def _map_of(line: _Line, word: _Word) -> TokenMap:
-    match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", word.text)
+    match = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", word.text)
     if match is None:
         raise line.fail(word, f"{word.text!r} is not a side such as 8 or 6x10")
     height = int(match.group(1))
@@ -362,7 +393,10 @@ def _map_of(line: _Line, word: _Word) -> TokenMap:
 
 
 def _strategy_of(line: _Line, words: tuple[_Word, ...]) -> Strategy:
+    for surplus in words[1:]:
+        raise line.fail(surplus, "strategy takes one value")
+    (word,) = words
     for strategy in get_args(Strategy):
-        if words[0].text == strategy and len(words) == 1:
+        if word.text == strategy:
             return strategy  # type: ignore[no-any-return]  # get_args returns Any
-    raise line.fail(words[0], f"strategy is one of {', '.join(get_args(Strategy))}")
+    raise line.fail(word, f"strategy is one of {', '.join(get_args(Strategy))}")

@@ -35,12 +35,13 @@ class Options:
     """How pictures are drawn. None takes the checkpoint's own choice.
 
     schedule: a ScaleSchedule, a preset's name or a schedule text. size: (height, width) in pixels.
-    count: pictures per prompt; their indices begin at first_index. prefix, stop, kept: see generate.Request.
+    count: pictures per prompt, with indices 0.. . indices: instead, one picture per prompt with this index.
+    prefix, stop, kept: see generate.Request.
     """
 
     seed: int = 0
     count: int = 1
-    first_index: int = 0
+    indices: tuple[int, ...] | None = None
     schedule: ScaleSchedule | str | None = None
     size: tuple[int, int] | None = None
     prefix: tuple[ScaleStep, ...] = ()
@@ -50,6 +51,17 @@ class Options:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"count must be at least 1, got {self.count}")
+        if self.indices is not None and self.count != 1:
+            raise ValueError("indices name one picture per prompt: leave count at 1")
+
+    def seeds(self, prompts: int) -> tuple[PictureSeed, ...]:
+        """Return whose randomness each row of a batch of prompts uses."""
+        if self.indices is None:
+            per_prompt = range(self.count)
+            return tuple(PictureSeed(self.seed, i) for _ in range(prompts) for i in per_prompt)
+        if len(self.indices) != prompts:
+            raise ValueError(f"{len(self.indices)} indices for {prompts} prompts")
+        return tuple(PictureSeed(self.seed, index) for index in self.indices)
 
 
 class Star:
@@ -122,11 +134,7 @@ class Star:
             prompts=tuple(PromptSpan(self._text(texts, options.count), away, start) for start, texts in spans),
             maps=maps,
             schedule=self.schedule(options.schedule, maps),
-            seeds=tuple(
-                PictureSeed(options.seed, options.first_index + index)
-                for _ in range(number)
-                for index in range(options.count)
-            ),
+            seeds=options.seeds(number),
             prefix=options.prefix,
             stop=options.stop,
             kept=options.kept,

@@ -177,16 +177,18 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return the features (R, L, C) of all scales at once, under teacher forcing.
 
-        teacher_inputs is (R, L - 1, D), the downsampled f_hats of scales 1..; a token sees all scales up
-        to its own. `positions` (K,) keeps only those of the L tokens (paper 4.4's efficient training):
+        teacher_inputs is (R, L - h0 w0, D), the downsampled f_hats of scales 1..; a token sees all scales
+        up to its own. `positions` (K,) keeps only those of the L tokens (paper 4.4's efficient training):
         the result is then (R, K, C).
         """
         scales = torch.cat([torch.full((h * w,), s, dtype=torch.long) for s, (h, w) in enumerate(maps)]).to(
             teacher_inputs.device
         )
         embedded = self.word_embed(teacher_inputs.to(self.dtype))
-        embedded = embedded + self._scale_vectors(scales[1:], embedded)
-        x = torch.cat([self.start_token(pooled), embedded], dim=1)
+        first = token_count(maps[:1])
+        embedded = embedded + self._scale_vectors(scales[first:], embedded)
+        start = repeat(self.start_token(pooled), "r 1 c -> r n c", n=first)
+        x = torch.cat([start, embedded], dim=1)
         rotation = self.rotations(maps).to(x.device)
         if positions is not None:
             x, scales = x[:, positions], scales[positions]

@@ -1,0 +1,243 @@
+"""A tiny model with random weights, random texts and schedules: what the behaviour tests draw with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from star_core.causal_sampler import CausalSampler
+from star_core.config import StarConfig, TokenMap, TransformerConfig, VQVAEConfig
+from star_core.generate import PromptSpan, Request, ScaleStep, generate
+from star_core.quantizer import MultiScaleQuantizer
+from star_core.sampling import PictureSeed
+from star_core.schedule import ScalePolicy, ScaleSchedule, Strategy, ramp
+from star_core.text_encoder import TextStates
+from star_core.transformer import Transformer
+from star_core.vqvae import VQVAE
+
+settings.register_profile("star", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("star")
+
+CPU = torch.device("cpu")
+CODEBOOK = 64
+CODE_WIDTH = 8
+TEXT_WIDTH = 16
+TEXT_POSITIONS = 7
+
+MAPS: tuple[TokenMap, ...] = ((1, 1), (2, 3), (3, 4), (4, 6))
+"""Rectangular on purpose: what mixes up height and width fails here."""
+
+
+def random_weights(module: nn.Module, seed: int) -> None:
+    """Give a module weights under which activations keep their size and logits spread."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            x = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("log_scale"):
+                value = (4 + 0.5 * x.tanh()).log()
+            elif parameter.ndim == 1:
+                value = 0.1 * x + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif "start_position" in name or "embed.weight" in name or "codebook" in name:
+                value = 0.5 * x
+            else:
+                gain = 3.0 if name.endswith("head.weight") else 1.0
+                value = gain / math.sqrt(math.prod(parameter.shape[1:])) * x
+            parameter.copy_(value)
+    module.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True, repr=False)
+class TinyModel:
+    """The modules of a tiny checkpoint with a causal sampler, and the loop over them."""
+
+    config: StarConfig
+    transformer: Transformer
+    sampler: CausalSampler
+    vqvae: VQVAE
+
+    @property
+    def quantizer(self) -> MultiScaleQuantizer:
+        return self.vqvae.quantizer
+
+    @property
+    def maps(self) -> tuple[TokenMap, ...]:
+        return self.config.maps
+
+    def run(self, request: Request) -> list[ScaleStep]:
+        return list(generate(self.transformer, self.sampler, self.quantizer, request, CPU))
+
+
+def build_tiny(
+    cross_attention: str = "paired", maps: tuple[TokenMap, ...] = MAPS, operations: object = nn
+) -> TinyModel:
+    config = StarConfig(
+        name="tiny",
+        transformer=TransformerConfig(
+            depth=2,
+            width=64,
+            heads=2,
+            scales=len(maps),
+            text_width=TEXT_WIDTH,
+            codebook_size=CODEBOOK,
+            code_width=CODE_WIDTH,
+            cross_attention=cross_attention,
+            sampler_depth=2,
+        ),
+        vqvae=VQVAEConfig(
+            base_channels=8,
+            channel_multipliers=(1, 2, 2),
+            residual_blocks=1,
+            codebook_size=CODEBOOK,
+            code_width=CODE_WIDTH,
+            norm_groups=4,
+        ),
+        maps=maps,
+        schedule="top-k",
+    )
+    transformer = Transformer(config.transformer, operations=operations)
+    sampler = CausalSampler(config.transformer, operations=operations)
+    vqvae = VQVAE(config.vqvae, operations=operations)
+    for seed, module in enumerate((transformer, sampler, vqvae)):
+        random_weights(module, seed)
+    return TinyModel(config, transformer, sampler, vqvae)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., TinyModel]:
+    """Build a tiny model; weights depend on nothing but the shapes."""
+    return build_tiny
+
+
+@pytest.fixture(scope="session", params=["paired", "independent"])
+def model(request: pytest.FixtureRequest) -> TinyModel:
+    """A tiny model of either cross-attention. Tests never change it."""
+    return build_tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def paired() -> TinyModel:
+    return build_tiny("paired")
+
+
+def random_texts(*names: int) -> TextStates:
+    """Return the states of one made-up prompt per name; equal names have equal states."""
+    rows = []
+    for name in names:
+        generator = torch.Generator().manual_seed(1000 + name)
+        length = 2 + name % (TEXT_POSITIONS - 2)
+        rows.append(
+            (
+                torch.randn(TEXT_POSITIONS, TEXT_WIDTH, generator=generator),
+                torch.arange(TEXT_POSITIONS) < length,
+                torch.randn(TEXT_WIDTH, generator=generator),
+            )
+        )
+    hidden, mask, pooled = (torch.stack(column) for column in zip(*rows, strict=True))
+    return TextStates(hidden, mask, pooled)
+
+
+@pytest.fixture(scope="session")
+def texts() -> Callable[..., TextStates]:
+    return random_texts
+
+
+def plain_schedule(scales: int = len(MAPS), guidance: float = 3.0) -> ScaleSchedule:
+    return ScaleSchedule(
+        tuple(ScalePolicy(top_k=24, top_p=0.9, guidance=t) for t in ramp(guidance, scales)), guidance
+    )
+
+
+def smooth_schedule(scales: int = len(MAPS), guidance: float = 3.0) -> ScaleSchedule:
+    return ScaleSchedule(tuple(ScalePolicy(guidance=t, smooth=True) for t in ramp(guidance, scales)), guidance)
+
+
+def sampler_schedule(
+    strategy: Strategy, scales: int = len(MAPS), guidance: float = 3.0, refined: int = 2
+) -> ScaleSchedule:
+    """Refine the last `refined` scales in five steps: two by the transformer, two in random order."""
+    policies = [
+        ScalePolicy(
+            top_k=24,
+            top_p=0.9,
+            guidance=t,
+            steps=5 if scale >= scales - refined else 0,
+            transformer_steps=2,
+            random_steps=2,
+        )
+        for scale, t in enumerate(ramp(guidance, scales))
+    ]
+    return ScaleSchedule(tuple(policies), guidance, strategy)
+
+
+SCHEDULES: dict[str, Callable[..., ScaleSchedule]] = {
+    "plain": plain_schedule,
+    "smooth": smooth_schedule,
+    "official": lambda **options: sampler_schedule("official", **options),
+    "confidence": lambda **options: sampler_schedule("confidence", **options),
+    "masked": lambda **options: sampler_schedule("masked", **options),
+}
+
+
+@pytest.fixture(scope="session")
+def make_schedule() -> Callable[..., ScaleSchedule]:
+    """Return make_schedule(kind, scales=, guidance=) for a kind of `schedule_kind`."""
+    return lambda kind, **options: SCHEDULES[kind](**options)
+
+
+@pytest.fixture(params=["plain", "smooth", "official", "masked"])
+def schedule_kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def schedule(schedule_kind: str) -> ScaleSchedule:
+    """A schedule for the tiny model of every kind in turn: plain, smooth, and the sampler with and without
+    the transformer's confidence."""
+    return SCHEDULES[schedule_kind]()
+
+
+UNCONDITIONAL = 99
+"""The name of the made-up text that guidance leads away from."""
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., Request]:
+    """Return ask(names, schedule, ...): the request of one picture per made-up prompt."""
+
+    def make(
+        names: Sequence[int],
+        schedule: ScaleSchedule,
+        *,
+        seeds: Sequence[PictureSeed] | None = None,
+        maps: tuple[TokenMap, ...] = MAPS,
+        unconditional: TextStates | None = None,
+        **options: object,
+    ) -> Request:
+        away = random_texts(*[UNCONDITIONAL] * len(names)) if unconditional is None else unconditional
+        return Request(
+            prompts=(PromptSpan(random_texts(*names), away),),
+            maps=maps,
+            schedule=schedule,
+            seeds=tuple(seeds or [PictureSeed(5)] * len(names)),
+            **options,
+        )
+
+    return make
+
+
+def random_tokens(maps: Sequence[TokenMap], batch: int, seed: int) -> tuple[Tensor, ...]:
+    """Return tokens (B, h * w) of every scale."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(CODEBOOK, (batch, h * w), generator=generator) for h, w in maps)
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Callable[..., tuple[Tensor, ...]]:
+    return random_tokens
