@@ -7,7 +7,7 @@ codebook vectors to f_hat. One `ScaleStep` is yielded per scale; whoever stops i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -130,6 +130,11 @@ class _Picture:
         self.cache = self.transformer.new_cache(rows, longest_cache(maps), self.device)
         self.offsets = [token_count(maps[:scale]) for scale in range(len(maps) + 1)]
 
+    def forget(self) -> None:
+        """Let go of the large tensors."""
+        self.cache.layers = ()
+        self.text_keys = ()
+
     def read_prompt(self, scale: int) -> None:
         """Take in the span that starts at this scale, if one does."""
         for span in self.request.prompts:
@@ -186,7 +191,7 @@ def generate(
     quantizer: MultiScaleQuantizer,
     request: Request,
     device: torch.device,
-) -> Iterator[ScaleStep]:
+) -> Generator[ScaleStep, None, None]:
     """Yield every scale of a batch of pictures as it is finished, given ones included.
 
     Raises ValueError for a schedule that this model cannot run. Nothing outlives the generator.
@@ -196,16 +201,23 @@ def generate(
     schedule = request.schedule.fit(maps, config.codebook_size, has_sampler=sampler is not None)
     picture = _Picture(transformer, request, schedule.guided, device)
     f_hat = quantizer.empty_f_hat(len(request.seeds), maps, device)
-    for scale in range(request.stop or len(maps)):
-        features = _look(picture, quantizer, f_hat, scale)
-        if scale < len(request.prefix):
-            step = _given(request.prefix[scale], device)
-        else:
-            drawn = _draw_scale(picture, sampler, quantizer, schedule, features, scale)
-            step = _add(drawn, quantizer, f_hat, scale, maps)
-        del features
-        f_hat = step.f_hat
-        yield step
+    scales = request.stop or len(maps)
+    try:
+        for scale in range(scales):
+            given = scale < len(request.prefix)
+            # A given last scale needs no look: nothing is drawn from it or after it.
+            features = None if given and scale == scales - 1 else _look(picture, quantizer, f_hat, scale)
+            if features is None or given:
+                step = _given(request.prefix[scale], device)
+            else:
+                drawn = _draw_scale(picture, sampler, quantizer, schedule, features, scale)
+                step = _add(drawn, quantizer, f_hat, scale, maps)
+            del features
+            f_hat = step.f_hat
+            yield step
+    finally:
+        # A caller who keeps an exception keeps these frames: the cache must not stay with them.
+        picture.forget()
 
 
 @torch.no_grad()
@@ -240,7 +252,8 @@ def _draw_scale(
         return _draw_smooth(logits, quantizer, noise, policy, kept, scale, request.maps)
     if policy.steps:
         assert sampler is not None, "fit() refuses sampler steps without a sampler"
-        tokens = _refine_map(picture, sampler, quantizer, schedule, features, logits, scale, kept)
+        work = _refinement(picture, sampler, quantizer, schedule, features, logits, scale, noise)
+        tokens = _settled(work, kept)
     else:
         drawn = draw(
             logits,
@@ -274,7 +287,7 @@ def _draw_smooth(
     return _Drawn(tokens, torch.where(known, exact, codes), soft=True)
 
 
-def _refine_map(
+def _refinement(
     picture: _Picture,
     sampler: CausalSampler,
     quantizer: MultiScaleQuantizer,
@@ -282,9 +295,9 @@ def _refine_map(
     features: Tensor,
     logits: Tensor,
     scale: int,
-    kept: PartialMap,
-) -> Tensor:
-    """Return the tokens (B, n) that the causal sampler's steps settle on."""
+    noise: ScaleNoise,
+) -> Refinement:
+    """Return the causal sampler's work on one scale."""
     rotation = picture.sampler_rotation(scale)
     token_map = picture.request.maps[scale]
 
@@ -295,13 +308,11 @@ def _refine_map(
             sampler, codes, features, picture.pooled, scale, rotation, schedule.sampler_guidance
         )
 
-    work = Refinement(
-        transformer_logits=logits,
-        logits=guided_by_known,
-        policy=schedule.scales[scale],
-        strategy=schedule.strategy,
-        noise=ScaleNoise(picture.request.seeds, scale, picture.device),
-    )
+    return Refinement(logits, guided_by_known, schedule.scales[scale], schedule.strategy, noise)
+
+
+def _settled(work: Refinement, kept: PartialMap) -> Tensor:
+    """Return the tokens (B, n) that the causal sampler's steps settle on."""
     filled = kept
     for filled in refine(work, kept):
         assert filled.tokens.shape == kept.tokens.shape, "refine keeps the map's shape"

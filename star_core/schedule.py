@@ -32,6 +32,8 @@ without the transformer's confidence (the paper's "Sampler"; the others are its 
 
 MAX_TOP_K = 1_000_000
 MAX_STEPS = 4096
+SAME_AREA = 0.25
+"""How far two maps' areas may differ while a schedule for one still means the other (relative)."""
 
 
 class ScheduleError(ValueError):
@@ -123,12 +125,17 @@ class ScaleSchedule:
         """Return the schedule as a model with these maps can run it.
 
         Clamped: top_k to the codebook, steps to the tokens of the map. Raises ValueError for another
-        number of scales, and for sampler steps on a model without a causal sampler.
+        number of scales, maps of other sizes, and for sampler steps on a model without a causal sampler.
         """
         if len(maps) != len(self.scales):
             raise ValueError(
                 f"the schedule has {len(self.scales)} scales, the model draws {len(maps)}"
                 f" ({sides_text(maps)}): use a preset of the model, or write one value per scale"
+            )
+        if self.maps is not None and not _alike(self.maps, maps):
+            raise ValueError(
+                f"the schedule is written for maps {sides_text(self.maps)}, the model draws"
+                f" {sides_text(maps)}: use a preset of the model, or leave the maps line out"
             )
         if self.refines and not has_sampler:
             raise ValueError(
@@ -167,6 +174,12 @@ QUANTITIES: dict[str, Callable[[str], bool | int | float]] = {
     "random_steps": int,
 }
 """The per-scale quantities in the order of their lines, each with the reader of one value."""
+
+
+def _alike(ours: Sequence[TokenMap], theirs: Sequence[TokenMap]) -> bool:
+    """Whether maps are the same but for another aspect ratio: nearly the same area per scale."""
+    pairs = zip(ours, theirs, strict=True)
+    return all(abs(a[0] * a[1] / (b[0] * b[1]) - 1) <= SAME_AREA for a, b in pairs)
 
 
 def ramp(strength: float, scales: int) -> list[float]:

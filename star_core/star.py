@@ -6,7 +6,7 @@ follow each other, so that picture i of a prompt is row prompt * count + i.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,11 +148,11 @@ class Star:
         prompts: Sequence[str] | Sequence[tuple[int, Sequence[str]]],
         negative: Sequence[str] | str = "",
         options: Options | None = None,
-    ) -> Iterator[ScaleStep]:
+    ) -> Generator[ScaleStep, None, None]:
         """Yield one step per scale for a batch of prompts; see `request` and `Options`."""
         return self.run(self.request(prompts, negative, options))
 
-    def run(self, request: Request) -> Iterator[ScaleStep]:
+    def run(self, request: Request) -> Generator[ScaleStep, None, None]:
         """Yield one step per scale of a request."""
         return generate(self.transformer, self.causal_sampler, self.vqvae.quantizer, request, self.device)
 

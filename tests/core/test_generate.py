@@ -16,6 +16,8 @@ from torch import Tensor
 
 import star_core.causal_sampler as causal_sampler_module
 import star_core.generate as generate_module
+from star_core.attention import LayerCache
+from star_core.causal_sampler import sampler_logits
 from star_core.config import maps_for_size, token_count
 from star_core.generate import KeptTokens, PromptSpan, ScaleStep, generate
 from star_core.sampling import Draw, PictureSeed, draw, smooth_weights
@@ -212,6 +214,23 @@ def show_equal_or_near_tie(
             assert least < 10 * LOGITS_TOLERANCE, f"parted by {least}, which is no tie"
             return
     raise AssertionError("all draws are equal and the pictures are not")
+
+
+def test_the_loop_asks_the_sampler_with_position_0_its_own_scale_and_constant_guidance(
+    paired: object, ask: Callable, texts: Callable, make_schedule: Callable, drawn_from: list
+):
+    schedule = dataclasses.replace(make_schedule("masked"), sampler_guidance=2.5)
+    steps = paired.run(ask([1, 2], schedule))
+    first_of_last_scale = [r for r in take(drawn_from) if r.logits.shape[1] == 24][0]
+    transformer, pooled = paired.transformer, torch.cat([texts(1, 2).pooled, texts(99, 99).pooled])
+    inputs = paired.quantizer.teacher_inputs([s.tokens for s in steps], paired.maps).repeat(2, 1, 1)
+    keys = transformer.text_keys(texts(1, 2).hidden, texts(1, 2).mask)
+    features = transformer(inputs, pooled, keys, paired.maps)[:, -24:]
+    rotation = transformer.rotations(paired.maps).select(torch.tensor([0, *range(19, 43)]))
+    expected = sampler_logits(
+        paired.sampler, torch.zeros(2, 24, 8), features, pooled, SCALES - 1, rotation, 2.5
+    )
+    torch.testing.assert_close(first_of_last_scale.logits, expected, atol=5e-4, rtol=1e-4)
 
 
 def test_free_running_pictures_of_a_batch_are_their_singles(
@@ -879,3 +898,21 @@ def test_options_that_contradict_themselves_are_refused(star: Star):
         Options(count=2, indices=(0, 1))
     with pytest.raises(ValueError, match="3 indices for 2 prompts"):
         star.generate(["a", "b"], options=Options(indices=(0, 1, 2)))
+
+
+def test_a_kept_exception_does_not_keep_the_cache(paired, ask, make_schedule):
+    steps = paired_steps(paired, ask, make_schedule)
+    next(steps)
+    caches = [o for o in gc.get_objects() if isinstance(o, LayerCache)]
+    assert caches, "a running generator has its cache"
+    watched = [weakref.ref(cache) for cache in caches]
+    del caches
+    with pytest.raises(RuntimeError, match="stop") as kept:
+        steps.throw(RuntimeError("stop"))
+    assert kept.value.__traceback__ is not None
+    assert not [ref for ref in watched if ref() is not None]
+
+
+def paired_steps(paired, ask, make_schedule):
+    request = ask([1], make_schedule("plain"))
+    return generate(paired.transformer, paired.sampler, paired.quantizer, request, CPU)

@@ -314,3 +314,11 @@ def test_a_text_without_maps_is_read_for_the_model():
 
 def test_every_quantity_is_a_field_of_a_policy():
     assert tuple(QUANTITIES) == tuple(field.name for field in dataclasses.fields(ScalePolicy))
+
+
+def test_a_schedule_for_other_maps_is_refused_and_one_for_another_aspect_ratio_is_not():
+    schedule = parse_schedule("maps 1 2 3 4 6 8; top_k 5")
+    with pytest.raises(ValueError, match="written for maps 1 2 3 4 6 8, the model draws 1 2 3 4 5 8"):
+        schedule.fit(square_maps((1, 2, 3, 4, 5, 8)), 64, has_sampler=False)
+    stretched = ((1, 1), (2, 2), (2, 4), (3, 5), (5, 7), (7, 9))
+    assert schedule.fit(stretched, 64, has_sampler=False).maps == stretched
