@@ -96,7 +96,7 @@ def resolve_config(
     facts = transformer_facts({name: file.shape(name) for name in file}, str(file.path))
     stored = file.metadata.get(METADATA_KEY)
     if stored is not None:
-        config = StarConfig.from_json(stored)
+        config = _stored_config(file.path, stored)
         if preset_name is not None and preset(preset_name, overrides) != config:
             raise ValueError(
                 f"{file.path} says of itself that it is {config.name}, which preset {preset_name}"
@@ -115,6 +115,13 @@ def resolve_config(
     if wrong:
         raise ValueError(f"{file.path} is not {config.name}: {'; '.join(wrong)}")
     return config
+
+
+def _stored_config(path: Path, stored: str) -> StarConfig:
+    try:
+        return StarConfig.from_json(stored)
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata is damaged: {error}. Convert the original again") from error
 
 
 class Networks(nn.Module):
@@ -173,8 +180,10 @@ def stored_vqvae_config(file: TensorFile) -> VQVAEConfig | None:
         return None
     try:
         return VQVAEConfig(**json.loads(stored)["vqvae"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file.path}: its metadata describes no VQ-VAE ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file.path}: its metadata describes no VQ-VAE ({error!s:.200}). Convert the original again"
+        ) from error
 
 
 def save_networks(path: Path, config: StarConfig, networks: Networks) -> None:

@@ -49,7 +49,9 @@ def _find(content: Any, paths: tuple[tuple[str, ...], ...]) -> Any:
     return None
 
 
-def _tensors(found: Any) -> dict[str, Tensor]:
+def _tensors(source: Path, what: str, found: Any) -> dict[str, Tensor]:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{source}: its {what} is a {type(found).__name__}, not a state dict")
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
@@ -78,12 +80,13 @@ def convert(
     if vqvae is None and {"encoder", "decoder", "quantize"} <= bare:
         vqvae = content
     if transformer is not None:
-        config = _config(source, content, _tensors(transformer), preset_name, overrides)
-        written.append(_write_star(source, out, _tensors(transformer), config, dtype))
+        tensors = _tensors(source, "transformer", transformer)
+        config = _config(source, content, tensors, preset_name, overrides)
+        written.append(_write_star(source, out, tensors, config, dtype))
     if vqvae is not None:
-        written.append(_write_vqvae(source, out, _tensors(vqvae), dtype))
+        written.append(_write_vqvae(source, out, _tensors(source, "VQ-VAE", vqvae), dtype))
     if (text := _find(content, TEXT_PATHS)) is not None:
-        written.append(_write_text(out, _tensors(text), dtype))
+        written.append(_write_text(source, out, _tensors(source, "text encoder", text), dtype))
     if not written:
         names = ", ".join(str(key) for key in list(content)[:6])
         raise ValueError(
@@ -124,7 +127,16 @@ def _config(
     return config
 
 
-def _kept(tensors: Mapping[str, Tensor], table: KeyTable, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _cast(source: Path, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    cast = (tensor if dtype is None else tensor.to(dtype)).contiguous()
+    if dtype is not None and not bool(cast.isfinite().all()):
+        raise ValueError(f"{source}: {name} has values that {dtype} cannot hold. Give --dtype float32 or keep")
+    return cast
+
+
+def _kept(
+    source: Path, tensors: Mapping[str, Tensor], table: KeyTable, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     kept = {}
     for name, tensor in tensors.items():
         if reason := table.reason_dropped(name):
@@ -132,7 +144,7 @@ def _kept(tensors: Mapping[str, Tensor], table: KeyTable, dtype: torch.dtype | N
             continue
         exact = dtype is None or name.endswith("scale_mul_1H11")
         # One tensor at a time leaves the memory-mapped file; together they are half its weights.
-        kept[name] = (tensor if exact else tensor.to(dtype)).contiguous()
+        kept[name] = _cast(source, name, tensor, None if exact else dtype)
     return kept
 
 
@@ -144,27 +156,31 @@ def _write_star(
     dtype: torch.dtype | None,
 ) -> Written:
     check_keys(build_on_meta(lambda: Networks(config.transformer)), tensors, STAR_KEYS, str(source))
-    kept = _kept(tensors, STAR_KEYS, dtype)
+    kept = _kept(source, tensors, STAR_KEYS, dtype)
     path = out / "star.safetensors"
     save_tensors(path, kept, {METADATA_KEY: config.to_json()})
     return Written(path, f"transformer of {config.name}", len(kept))
 
 
 def _write_vqvae(source: Path, out: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Written:
-    config = VQVAEConfig(
-        base_channels=tensors["encoder.conv_in.weight"].shape[0],
-        codebook_size=tensors["quantize.embedding.weight"].shape[0],
-    )
+    try:
+        base_channels = tensors["encoder.conv_in.weight"].shape[0]
+        codebook_size, code_width = tensors["quantize.embedding.weight"].shape
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{source}: its VQ-VAE has no usable {error!s:.60}. Is this the VQ-VAE of STAR and VAR?"
+        ) from error
+    config = VQVAEConfig(base_channels, codebook_size=codebook_size, code_width=code_width)
     check_keys(build_on_meta(lambda: VQVAE(config)), tensors, VQVAE_KEYS, str(source))
-    kept = _kept(tensors, VQVAE_KEYS, dtype)
+    kept = _kept(source, tensors, VQVAE_KEYS, dtype)
     path = out / "vqvae.safetensors"
     save_tensors(path, kept, {METADATA_KEY: vqvae_record(config)})
     return Written(path, "VQ-VAE", len(kept))
 
 
-def _write_text(out: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Written:
+def _write_text(source: Path, out: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Written:
     kept = {
-        name.removeprefix(TEXT_PREFIX): (tensor if dtype is None else tensor.to(dtype)).contiguous()
+        name.removeprefix(TEXT_PREFIX): _cast(source, name, tensor, dtype)
         for name, tensor in tensors.items()
         if tensor.is_floating_point()
     }

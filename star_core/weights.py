@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 METADATA_KEY = "star"
 FORMAT = "star-1"
+ZIP_START = b"PK\x03\x04"
+PICKLE_START = b"\x80"
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -68,22 +71,32 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def read_pickle(path: Path) -> Any:
-    """Read a .pth or .pt file with weights_only=True, memory-mapped.
+    """Read a .pth or .pt file with weights_only=True, memory-mapped where its format allows it.
 
     Raises ValueError where the file is missing, broken, or asks to run code.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(4)
+    # Files from before PyTorch 1.6 are no zip archives and cannot be memory-mapped.
+    mapped = start == ZIP_START
+    if not mapped and start[:1] != PICKLE_START:
+        raise ValueError(f"{path}: not a whole PyTorch file (it begins with {start!r}). Download it again")
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own message is a page of advice; what the pickle asks for stands in the middle of it.
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        wants = f"it asks for {asked.group(1)}" if asked else "it is not a plain one"
         raise ValueError(
-            f"{path}: this pickle needs more than tensors and plain containers ({error!s:.160})."
-            " It could run code and is not opened. Ask its maker for safetensors, or re-save only the"
-            " state dict on a machine that you can afford to lose"
+            f"{path}: this pickle needs more than tensors and plain containers ({wants}). It could run"
+            " code and is not opened. Ask its maker for safetensors, or re-save only the state dict on a"
+            " machine that you can afford to lose"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: not a whole PyTorch file ({error!s:.200}). Download it again") from error
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: not a whole PyTorch file ({first:.200}). Download it again") from error
 
 
 def fill(
@@ -117,12 +130,13 @@ def check_keys(
     """
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     names: dict[str, str] = {}
+    filled: set[str] = set()
     surplus = []
     for official in tensors:
         ours = table.ours(official)
         if reason := table.reason_dropped(official):
             log.debug("%s: %s left out: %s", source, official, reason)
-        elif ours is None or ours not in wanted:
+        elif ours is None or ours not in wanted or ours in filled:
             surplus.append(official)
         else:
             shape = _shape(tensors, official)
@@ -132,7 +146,7 @@ def check_keys(
                     " Another preset, or a file of another model?"
                 )
             names[official] = ours
-    filled = set(names.values())
+            filled.add(ours)
     missing = [table.official(name) or name for name in wanted if name not in filled]
     if missing or surplus:
         raise ValueError(f"{source}: {_key_complaint(missing, surplus)}")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
+import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,20 +190,24 @@ def test_dropped_keys_may_be_there(rewrite: Callable[..., Path], caplog: pytest.
 # Refusals: one sentence with file, key and remedy
 
 
-def refusal(path: Path, *parts: str) -> str:
-    """Return a pattern: the file's name, then the parts in this order."""
-    return ".*".join([path.name.replace(".", r"\."), *parts])
+@contextmanager
+def refused(path: Path, *parts: str) -> Iterator[None]:
+    """Expect a ValueError of one line: the file's name, then the parts in this order."""
+    pattern = ".*".join([re.escape(path.name), *parts])
+    with pytest.raises(ValueError, match=pattern) as raised:
+        yield
+    assert "\n" not in str(raised.value)
 
 
 def test_a_missing_key_is_refused(rewrite: Callable[..., Path]):
     path = rewrite("star.safetensors", lambda tensors: tensors.pop("blocks.1.ffn.fc2.bias"))
-    with pytest.raises(ValueError, match=refusal(path, "1 tensors are missing", r"blocks\.1\.ffn\.fc2\.bias", "file")):
+    with refused(path, "1 tensors are missing", r"blocks\.1\.ffn\.fc2\.bias", "file"):
         load_networks(path)
 
 
 def test_a_surplus_key_is_refused(rewrite: Callable[..., Path]):
     path = rewrite("star.safetensors", lambda tensors: tensors.update({"blocks.0.gate": torch.zeros(1)}))
-    with pytest.raises(ValueError, match=refusal(path, "1 tensors are not known", r"blocks\.0\.gate", "preset")):
+    with refused(path, "1 tensors are not known", r"blocks\.0\.gate", "preset"):
         load_networks(path)
 
 
@@ -210,13 +217,13 @@ def test_a_block_too_many_contradicts_the_configuration(rewrite: Callable[..., P
         tensors.update({name.replace("blocks.1.", "blocks.2."): t.clone() for name, t in block.items()})
 
     path = rewrite("star.safetensors", add)
-    with pytest.raises(ValueError, match=refusal(path, "is not tiny", "depth is 3 in the file and 2")):
+    with refused(path, "is not tiny", "depth is 3 in the file and 2"):
         load_networks(path)
 
 
 def test_a_wrong_shape_is_refused(rewrite: Callable[..., Path]):
     path = rewrite("star.safetensors", lambda tensors: tensors.update({"head_logits.bias": torch.zeros(9)}))
-    with pytest.raises(ValueError, match=refusal(path, r"head_logits\.bias has shape \(9,\)", r"\(64,\)", "preset")):
+    with refused(path, r"head_logits\.bias has shape \(9,\)", r"\(64,\)", "preset"):
         load_networks(path)
 
 
@@ -228,7 +235,7 @@ def test_two_names_for_one_tensor_are_refused(rewrite: Callable[..., Path]):
         tensors[name.format("")] = tensors[name.format("nin_")] + 1
 
     path = rewrite("vqvae.safetensors", add)
-    with pytest.raises(ValueError, match=refusal(path, "1 tensors are not known", "shortcut")):
+    with refused(path, "1 tensors are not known", "shortcut"):
         load_vqvae(path)
 
 
@@ -236,7 +243,7 @@ def test_two_names_for_one_tensor_are_refused(rewrite: Callable[..., Path]):
 def test_a_truncated_file_is_refused(length: int, files: Path):
     path = files / "cut.safetensors"
     path.write_bytes((files / "star.safetensors").read_bytes()[:length])
-    with pytest.raises(ValueError, match=refusal(path, "not a whole safetensors file", "Download it again")):
+    with refused(path, "not a whole safetensors file", "Download it again"):
         load_networks(path)
 
 
@@ -247,26 +254,26 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path):
 
 def test_a_vqvae_given_as_transformer_is_refused(files: Path):
     path = files / "vqvae.safetensors"
-    with pytest.raises(ValueError, match=refusal(path, "not a STAR transformer", "word_embed", "own")):
+    with refused(path, "not a STAR transformer", "word_embed", "own"):
         load_networks(path)
 
 
 def test_a_transformer_given_as_vqvae_is_refused(files: Path):
     path = files / "star.safetensors"
-    with pytest.raises(ValueError, match=refusal(path, "tensors are missing, the first is encoder", "right file")):
+    with refused(path, "tensors are missing, the first is encoder", "right file"):
         load_vqvae(path)
 
 
 def test_another_vqvae_than_the_checkpoint_was_trained_with_is_refused(files: Path):
     path = files / "vqvae.safetensors"
-    with pytest.raises(ValueError, match=refusal(path, "another VQ-VAE", "base_channels=8")):
+    with refused(path, "another VQ-VAE", "base_channels=8"):
         load_vqvae(path, VQVAEConfig())
 
 
 def test_a_pickle_given_as_safetensors_is_refused_with_the_way_out(tmp_path: Path):
     path = tmp_path / "model.pth"
     torch.save({"word_embed.weight": torch.zeros(2, 2)}, path)
-    with pytest.raises(ValueError, match=refusal(path, "not a whole safetensors file", "convert")):
+    with refused(path, "not a whole safetensors file", "convert"):
         load_networks(path)
 
 
@@ -301,7 +308,7 @@ def test_a_bare_state_dict_without_preset_is_refused_with_the_presets_that_fit(
 )
 def test_a_preset_that_the_shapes_contradict_is_refused(name: str, preset: str, complaint: str, tmp_path: Path):
     path = hollow_file(tmp_path / "bare.safetensors", RELEASED[name])
-    with pytest.raises(ValueError, match=refusal(path, f"is not {preset}", complaint)):
+    with refused(path, f"is not {preset}", complaint):
         load_networks(path, preset_name=preset)
 
 
@@ -309,7 +316,7 @@ def test_a_preset_that_the_metadata_contradicts_is_refused(tmp_path: Path):
     # The 256 px and 512 px models have equal names and shapes: only the metadata can tell.
     metadata = {"star": PRESETS["star-512-d30"].to_json()}
     path = hollow_file(tmp_path / "said.safetensors", RELEASED["var_d30_512"], metadata)
-    with pytest.raises(ValueError, match=refusal(path, "star-512-d30", "star-256-d30", "leave the preset out")):
+    with refused(path, "star-512-d30", "star-256-d30", "leave the preset out"):
         load_networks(path, preset_name="star-256-d30")
     assert resolve_config(TensorFile(path), "star-512-d30") == PRESETS["star-512-d30"]
     assert resolve_config(TensorFile(path), None) == PRESETS["star-512-d30"]
@@ -333,22 +340,24 @@ def test_metadata_that_is_no_configuration_is_refused_by_file(
 ):
     text = without(paired.config, spoil) if spoil.isidentifier() else spoil
     path = rewrite("star.safetensors", metadata={"star": text})
-    with pytest.raises(ValueError, match=refusal(path, "not a STAR configuration")):
+    with refused(path, "not a STAR configuration"):
         load_networks(path)
 
 
-def test_metadata_with_an_impossible_configuration_is_refused_by_file(rewrite: Callable[..., Path], paired: Any):
+def test_metadata_with_an_impossible_configuration_is_refused_by_file(
+    rewrite: Callable[..., Path], paired: Any
+):
     record = json.loads(paired.config.to_json())
     record["maps"] = record["maps"][:-1]
     path = rewrite("star.safetensors", metadata={"star": json.dumps(record)})
-    with pytest.raises(ValueError, match=refusal(path, "3 token maps, but the transformer has 4 scales")):
+    with refused(path, "3 token maps, but the transformer has 4 scales"):
         load_networks(path)
 
 
-@pytest.mark.parametrize("text", ["no json", "7", '{"vqvae": {"base_channels": 7}}', '{"vqvae": {"colour": 1}}'])
+@pytest.mark.parametrize("text", ["no json", "7", '{"vqvae": {"norm_groups": 7}}', '{"vqvae": {"a": 1}}'])
 def test_metadata_that_describes_no_vqvae_is_refused_by_file(text: str, rewrite: Callable[..., Path]):
     path = rewrite("vqvae.safetensors", metadata={"star": text})
-    with pytest.raises(ValueError, match=refusal(path, "describes no VQ-VAE")):
+    with refused(path, "describes no VQ-VAE"):
         load_vqvae(path)
 
 
@@ -376,7 +385,9 @@ def test_an_unknown_name_has_no_translation():
 
 def test_the_first_complaint_counts_and_names_both_kinds(paired: Any):
     wanted = build_on_meta(lambda: VQVAE(paired.config.vqvae))
-    with pytest.raises(ValueError, match="tensors are missing, the first is .*; 1 tensors are not known") as raised:
+    with pytest.raises(
+        ValueError, match="tensors are missing, the first is .*; 1 tensors are not known"
+    ) as raised:
         check_keys(wanted, {"foreign": torch.zeros(1)}, VQVAE_KEYS, "here")
     assert str(raised.value).startswith("here: ")
 
@@ -391,27 +402,27 @@ def test_facts_are_read_from_names_and_shapes():
 
 
 class Intruder:
-    """Runs code when an unguarded reader opens its pickle."""
+    """Makes a folder when an unguarded reader opens its pickle."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.write_text, (self.mark, "code was run"))
+        return (os.mkdir, (str(self.mark),))
 
 
 def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path: Path):
     path, mark = tmp_path / "model.pth", tmp_path / "mark"
     torch.save({"trainer": {"var_wo_ddp": {}}, "args": Intruder(mark)}, path)
-    with pytest.raises(ValueError, match=refusal(path, "could run code", "safetensors")):
+    with refused(path, "asks for .*mkdir", "could run code", "safetensors"):
         read_pickle(path)
     assert not mark.exists()
 
 
 def test_a_plain_pickle_is_refused_too(tmp_path: Path):
     path, mark = tmp_path / "model.pkl", tmp_path / "mark"
-    path.write_bytes(pickle.dumps(Intruder(mark)))
-    with pytest.raises(ValueError, match=refusal(path)):
+    path.write_bytes(pickle.dumps(Intruder(mark), protocol=2))
+    with refused(path):
         read_pickle(path)
     assert not mark.exists()
 
@@ -422,15 +433,15 @@ def test_a_truncated_pickle_is_refused(length: int, tmp_path: Path):
     torch.save({"a": torch.zeros(400)}, buffer)
     path = tmp_path / "cut.pth"
     path.write_bytes(buffer.getvalue()[:length])
-    with pytest.raises(ValueError, match=refusal(path, "not a whole PyTorch file", "Download it again")):
+    with refused(path, "not a whole PyTorch file", "Download it again"):
         read_pickle(path)
 
 
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\noid "])
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_a_web_page_or_a_pointer_given_as_pickle_is_refused(content: bytes, tmp_path: Path):
     path = tmp_path / "model.pth"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=refusal(path, "not a whole PyTorch file", "Download it again")):
+    with refused(path, "not a whole PyTorch file", "Download it again"):
         read_pickle(path)
 
 
