@@ -128,10 +128,12 @@ def _config(
 
 
 def _cast(source: Path, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    cast = (tensor if dtype is None else tensor.to(dtype)).contiguous()
-    if dtype is not None and not bool(cast.isfinite().all()):
+    if dtype is None or tensor.dtype == dtype:
+        return tensor.contiguous()
+    low, high = tensor.aminmax()
+    if max(-low, high) > torch.finfo(dtype).max:
         raise ValueError(f"{source}: {name} has values that {dtype} cannot hold. Give --dtype float32 or keep")
-    return cast
+    return tensor.to(dtype).contiguous()
 
 
 def _kept(
