@@ -224,7 +224,7 @@ def compare_replay(seed: int) -> Measured:
 # The causal sampler's loop, as a distribution
 
 
-def compare_statistics(seed: int, pictures: int = 224) -> Measured:
+def compare_statistics(seed: int, pictures: int = 208) -> Measured:
     """Draw pictures with the official loop and with two of our strategies, and test each against it."""
     size = SIZES["statistics"]
     pair = build(size, seed)
