@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..causal_sampler import CausalSampler
 from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
@@ -27,7 +28,7 @@ from ..text_encoder import load_text_encoder
 from ..transformer import Transformer
 from .emoji import EmojiSet
 from .lessons import Lesson, Lessons, run_folder_file
-from .run import Average, Checkpoint, add_run_arguments, rate_at, set_rate, shuffled_batches
+from .run import Average, Checkpoint, add_run_arguments, precision, rate_at, set_rate, shuffled_batches
 from .transformer import optimizers
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     sampler = CausalSampler(config.transformer)
     sampler.initialise(torch.Generator().manual_seed(args.seed))
     sampler.to(device)
-    made = optimizers(sampler, args.rate)
+    made = optimizers(sampler, args.rate, muon_dtype=torch.bfloat16 if args.bfloat16 else None)
     average = Average(sampler, 0.998)
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
@@ -132,7 +133,9 @@ def run(args: argparse.Namespace) -> None:
         if step >= args.steps:
             break
         rng = np.random.default_rng([args.seed, step])
-        loss = teaching.loss(sampler, lessons.lesson([int(i) for i in train[batch.numpy()]], rng), rng)
+        lesson = lessons.lesson([int(i) for i in train[batch.numpy()]], rng)
+        with precision(args), sdpa_kernel(SDPBackend.MATH):
+            loss = teaching.loss(sampler, lesson, rng)
         for optimizer in made:
             set_rate(optimizer, rate_at(step, args.steps, args.rate))
             optimizer.zero_grad()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ from .run import (
     Checkpoint,
     add_run_arguments,
     pictures_to_tensor,
+    precision,
     rate_at,
     set_rate,
     shuffled_batches,
@@ -45,12 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer-run", type=Path, required=True)
 
 
-def drawn(vqvae: VQVAE, tokens: Tensor, lengths: list[int], sides: list[int]) -> Tensor:
+def drawn(
+    vqvae: VQVAE, tokens: Tensor, lengths: list[int], sides: list[int], autocast: AbstractContextManager[Any]
+) -> Tensor:
     """Return what the decoder makes of tokens (B, L): pictures (B, 3, H, W), not clamped."""
     with torch.no_grad():
         f_hat = vqvae.quantizer.f_hats(tokens.split(lengths, dim=1), square_maps(sides))[-1]
-    pictures: Tensor = vqvae.decoder(vqvae.post_quant_conv(f_hat))
-    return pictures
+    with autocast:
+        pictures: Tensor = vqvae.decoder(vqvae.post_quant_conv(f_hat))
+    return pictures.float()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,10 +89,11 @@ def run(args: argparse.Namespace) -> None:
         set_rate(optimizer, rate_at(step, args.steps, args.rate))
         chosen = train[batch.numpy()]
         real = pictures_to_tensor(data.pictures[chosen], device)
-        made = drawn(vqvae, tokens[torch.from_numpy(chosen)].to(device), lengths, args.sides)
+        made = drawn(vqvae, tokens[torch.from_numpy(chosen)].to(device), lengths, args.sides, precision(args))
         pixel = (made - real).abs().mean()
         few = max(1, len(real) // 3)
-        distance = perceptual(made[:few].clamp(-1, 1), real[:few]).mean()
+        with precision(args):
+            distance = perceptual(made[:few].clamp(-1, 1), real[:few]).float().mean()
         loss = pixel + LPIPS_WEIGHT * distance
         optimizer.zero_grad()
         loss.backward()
@@ -127,5 +134,5 @@ def held_out_psnr(
     averaged.load_state_dict(average.state)
     real = pictures_to_tensor(data.pictures[held_out], torch.device("cpu"))
     lengths = [side * side for side in sides]
-    made = drawn(averaged, tokens[torch.from_numpy(held_out)], lengths, sides)
+    made = drawn(averaged, tokens[torch.from_numpy(held_out)], lengths, sides, nullcontext())
     return psnr(made.clamp(-1, 1), real)

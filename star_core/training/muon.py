@@ -1,8 +1,8 @@
 """Muon (Jordan et al., 2024): momentum whose update matrices are made nearly orthogonal.
 
 torch.optim.Muon runs its iteration in bfloat16, which a CPU without bfloat16 instructions emulates: it took
-four fifths of a training step here. This one works in the parameters' own precision and is otherwise the
-same, with updates scaled to AdamW's size (Moonlight, arXiv 2502.16982).
+four fifths of a training step here. This one works in the precision it is told and is otherwise the same,
+with updates scaled to AdamW's size (Moonlight, arXiv 2502.16982).
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ ITERATIONS = 5
 RMS_OF_ADAMW = 0.2
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return a matrix (m, n) with its singular values brought near 1, by a Newton-Schulz iteration."""
+def orthogonalise(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a matrix (m, n) with its singular values brought near 1, by a Newton-Schulz iteration.
+
+    `dtype` is that of the iteration and the result, None for the matrix's own.
+    """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x: Tensor = matrix.T if tall else matrix
-    x = x.div(x.norm() + 1e-7)
+    x = x.div(x.norm() + 1e-7).to(dtype or matrix.dtype)
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -41,7 +44,9 @@ class Muon(torch.optim.Optimizer):
         *,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -57,7 +62,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"]
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalise(parameter.grad.lerp(momentum, group["momentum"]))
+                update = orthogonalise(parameter.grad.lerp(momentum, group["momentum"]), self.dtype)
                 scale = RMS_OF_ADAMW * math.sqrt(max(parameter.shape))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * scale)

@@ -29,6 +29,16 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="forward passes under bfloat16 autocast, for processors that have it",
+    )
+
+
+def precision(args: argparse.Namespace) -> torch.autocast:
+    """Return the context of a stage's forward passes: bfloat16 autocast where it was asked for."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bfloat16)
 
 
 def rate_at(step: int, steps: int, peak: float, *, warmup: int = 100, decay: float = 0.4) -> float:

@@ -21,6 +21,7 @@ from .run import (
     Checkpoint,
     add_run_arguments,
     pictures_to_tensor,
+    precision,
     rate_at,
     set_rate,
     shuffled_batches,
@@ -52,26 +53,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Tokenizer:
     """The module under training, its losses and the codebook's book-keeping."""
 
-    def __init__(self, config: VQVAEConfig, maps: tuple[TokenMap, ...], perceptual: nn.Module) -> None:
+    def __init__(
+        self,
+        config: VQVAEConfig,
+        maps: tuple[TokenMap, ...],
+        perceptual: nn.Module,
+        autocast: torch.autocast,
+    ) -> None:
         self.vqvae = VQVAE(config)
         # mypy knows no overload of Module.to for memory formats.
         self.vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         nn.init.normal_(self.vqvae.quantizer.codebook.weight, std=0.5)
         self.maps = maps
         self.perceptual = perceptual
+        self.autocast = autocast
         self.uses = torch.zeros(config.codebook_size)
 
     def loss(self, pictures: Tensor, *, perceptual: bool) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of pictures (B, 3, H, W) and its parts."""
-        features = self.vqvae.encode(pictures)
-        f_hat, vq, quantized = self.vqvae.quantizer.training_losses(features, self.maps)
-        drawn = self.vqvae.decoder(self.vqvae.post_quant_conv(f_hat))
+        with self.autocast:
+            features = self.vqvae.encode(pictures)
+        # Nearest codes are found, and f_hat is summed, in float32.
+        f_hat, vq, quantized = self.vqvae.quantizer.training_losses(features.float(), self.maps)
+        with self.autocast:
+            drawn = self.vqvae.decoder(self.vqvae.post_quant_conv(f_hat)).float()
         pixel = (drawn - pictures).abs().mean()
         loss = pixel + QUANTIZER_WEIGHT * vq
         parts = {"l1": pixel.item(), "vq": vq.item()}
         if perceptual:
             few = max(1, pictures.shape[0] // 3)
-            distance = self.perceptual(drawn[:few].clamp(-1, 1), pictures[:few]).mean()
+            with self.autocast:
+                distance = self.perceptual(drawn[:few].clamp(-1, 1), pictures[:few]).float().mean()
             loss = loss + LPIPS_WEIGHT * distance
             parts["lpips"] = distance.item()
         self._count(quantized)
@@ -126,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     data = EmojiSet.load(args.data, args.size)
     train, held_out = data.indices("train"), data.indices("pairs")[:128]
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
-    trainer = Tokenizer(config, maps, perceptual)
+    trainer = Tokenizer(config, maps, perceptual, precision(args))
     trainer.vqvae.to(device)
     optimizer = torch.optim.AdamW(trainer.vqvae.parameters(), args.rate, betas=(0.9, 0.95), weight_decay=0.01)
     average = Average(trainer.vqvae, 0.998)

@@ -6,6 +6,7 @@ Muon for the matrices of the blocks, AdamW for the rest: on two CPU cores every 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -13,20 +14,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..checkpoint import Networks, load_vqvae, save_networks
+from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
 from ..config import StarConfig, TransformerConfig, square_maps, token_count
 from ..text_encoder import load_text_encoder
 from ..transformer import Transformer
 from .emoji import EmojiSet
 from .lessons import Lesson, Lessons, run_folder_file, window_positions
 from .muon import Muon
-from .run import Average, Checkpoint, add_run_arguments, rate_at, set_rate, shuffled_batches
+from .run import (
+    Average,
+    Checkpoint,
+    add_run_arguments,
+    precision,
+    rate_at,
+    set_rate,
+    shuffled_batches,
+)
 
 log = logging.getLogger(__name__)
 
 WINDOWED_SCALES = 2
-WINDOW_SHARE = 0.7
 WHOLE_SHARE = 0.15
 """The last share of the steps trains on whole maps, as the model is used."""
 
@@ -42,9 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--width", type=int, default=256, help="heads have 64 each")
     parser.add_argument("--name", default="star-emoji-64")
+    parser.add_argument(
+        "--window", type=float, default=0.6, help="share of each side that the window on the last scales has"
+    )
+    parser.add_argument(
+        "--start", type=Path, help="star.safetensors to go on from, where the run has no checkpoint yet"
+    )
 
 
-def optimizers(network: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(
+    network: nn.Module, rate: float, *, muon_dtype: torch.dtype | None = None
+) -> list[torch.optim.Optimizer]:
     """Return Muon over the blocks' matrices and AdamW over everything else."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -52,7 +69,7 @@ def optimizers(network: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
         inner = "blocks." in name and parameter.ndim == 2
         (matrices if inner else others).append(parameter)
     return [
-        Muon(matrices, rate, weight_decay=0.05),
+        Muon(matrices, rate, weight_decay=0.05, dtype=muon_dtype),
         torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.05),
     ]
 
@@ -91,6 +108,15 @@ def make_config(args: argparse.Namespace, text_width: int, lessons_vqvae: Path) 
     return StarConfig(args.name, transformer, vqvae, square_maps(args.sides), "top-k")
 
 
+def start_from(transformer: Transformer, path: Path) -> None:
+    """Fill a transformer with the weights of an exported file. Raises ValueError for another architecture."""
+    config, networks = load_networks(path)
+    # The causal sampler is trained afterwards, on the transformer as it then is.
+    if dataclasses.replace(config.transformer, sampler_depth=0) != transformer.config:
+        raise ValueError(f"{path} holds {config.transformer}, this run trains {transformer.config}")
+    transformer.load_state_dict(networks.transformer.state_dict())
+
+
 def run(args: argparse.Namespace) -> None:
     """Train, resuming where a checkpoint is, and export `star.safetensors`."""
     if args.threads:
@@ -105,8 +131,10 @@ def run(args: argparse.Namespace) -> None:
     log.info("%d pictures as %d tokens each", *lessons.tokens.shape)
     transformer = Transformer(config.transformer)
     transformer.initialise(torch.Generator().manual_seed(args.seed))
+    if args.start is not None:
+        start_from(transformer, args.start)
     transformer.to(device)
-    made = optimizers(transformer, args.rate)
+    made = optimizers(transformer, args.rate, muon_dtype=torch.bfloat16 if args.bfloat16 else None)
     average = Average(transformer, 0.998)
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
@@ -124,8 +152,10 @@ def run(args: argparse.Namespace) -> None:
         positions = None
         if step < (1 - WHOLE_SHARE) * args.steps:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            positions = window_positions(config.maps, WINDOWED_SCALES, WINDOW_SHARE, generator)
-        loss = loss_of(transformer, lesson, lessons, positions)
+            positions = window_positions(config.maps, WINDOWED_SCALES, args.window, generator)
+        # Written out, attention over so few tokens is faster to train on a CPU than the fused kernel.
+        with precision(args), sdpa_kernel(SDPBackend.MATH):
+            loss = loss_of(transformer, lesson, lessons, positions)
         for optimizer in made:
             set_rate(optimizer, rate_at(step, args.steps, args.rate))
             optimizer.zero_grad()

@@ -110,3 +110,15 @@ def test_averaged_weights_follow_quickly_at_first_and_slowly_later():
     for _ in range(2000):
         average.update(module)
     assert float(average.state["weight"]) == pytest.approx(1.0, abs=0.05)
+
+
+def test_muon_in_bfloat16_moves_weights_as_in_float32_nearly():
+    generator = torch.Generator().manual_seed(2)
+    start, gradient = (torch.randn(24, 40, generator=generator) for _ in range(2))
+    exact, rough = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    for parameter, dtype in ((exact, None), (rough, torch.bfloat16)):
+        parameter.grad = gradient.clone()
+        Muon([parameter], 0.01, dtype=dtype).step()
+        assert parameter.dtype == torch.float32
+    difference = (rough - exact).detach().norm() / (exact - start).detach().norm()
+    assert 0 < float(difference) < 0.05

@@ -1,0 +1,186 @@
+"""Every training stage from pictures to exported files, on a handful of pictures; killed and resumed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from star_core.checkpoint import load_networks, load_vqvae
+from star_core.star import SHIPPED
+from star_core.training import causal_sampler, decoder, tokenizer, transformer
+from star_core.training.splits import heldout
+from star_core.weights import TensorFile
+
+TRAINED, HELD_OUT = 12, 3
+SIDES = ["--sides", "1", "2", "4"]
+
+
+class Killed(BaseException):
+    """As a kill, no handler of errors sees it."""
+
+
+class Distance(nn.Module):
+    """Stands in for LPIPS, whose weights are a download: the stages need no more than its call."""
+
+    def forward(self, drawn: Tensor, real: Tensor) -> Tensor:
+        return (drawn - real).square().mean(dim=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture set of 32 px: coloured squares, three of them in a held-out pair."""
+    folder = tmp_path_factory.mktemp("data")
+    style, families = next(iter(heldout().pairs.items()))
+    concepts = ["a trained family"] * TRAINED + [sorted(families)[0]] * HELD_OUT
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 255, (len(concepts), 1, 1, 3), dtype=np.uint8)
+    np.save(folder / "pictures-32.npy", np.broadcast_to(colours, (len(concepts), 32, 32, 3)))
+    rows = [
+        {
+            "style": style,
+            "code": f"{i:x}",
+            "concept": c,
+            "label": f"thing {i}",
+            "tags": ["square"],
+            "group": "x",
+        }
+        for i, c in enumerate(concepts)
+    ]
+    (folder / "records-32.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in (tokenizer, decoder):
+        monkeypatch.setattr(stage, "asset_path", lambda name, folder: folder)
+        monkeypatch.setattr(stage, "load_lpips", lambda path, kind: Distance())
+
+
+def train(stage: ModuleType, run: Path, data: Path, *options: str, steps: int = 4) -> Path:
+    parser = argparse.ArgumentParser()
+    stage.add_arguments(parser)
+    shared = ["--run", str(run), "--data", str(data), "--size", "32", "--device", "cpu"]
+    shared += ["--steps", str(steps), "--batch", "4", "--save-every", "2"]
+    stage.run(parser.parse_args([*shared, *options]))
+    return run
+
+
+@pytest.fixture(scope="module")
+def tokenizer_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "asset_path", lambda name, folder: folder)
+        patch.setattr(tokenizer, "load_lpips", lambda path, kind: Distance())
+        small = [
+            "--channels",
+            "8",
+            "--multipliers",
+            "1",
+            "1",
+            "1",
+            "1",
+            "--codebook",
+            "32",
+            "--code-width",
+            "4",
+        ]
+        return train(tokenizer, tmp_path_factory.mktemp("tokenizer"), data, *small, *SIDES, "--bfloat16")
+
+
+def transformer_options(tokenizer_run: Path) -> list[str]:
+    return [
+        "--tokenizer-run",
+        str(tokenizer_run),
+        "--text",
+        str(SHIPPED),
+        "--depth",
+        "1",
+        "--width",
+        "64",
+        *SIDES,
+    ]
+
+
+@pytest.fixture(scope="module")
+def transformer_run(data: Path, tokenizer_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(transformer, tmp_path_factory.mktemp("star"), data, *transformer_options(tokenizer_run))
+
+
+def killed_after(stage: ModuleType, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stage.shuffled_batches
+
+    def batches(count: int, batch: int, seed: int, first_step: int) -> Iterator[Tensor]:
+        for number, indices in enumerate(whole(count, batch, seed, first_step), start=first_step):
+            if number == step:
+                raise Killed
+            yield indices
+
+    monkeypatch.setattr(stage, "shuffled_batches", batches)
+
+
+def assert_same_file(one: Path, other: Path) -> None:
+    ours, theirs = TensorFile(one), TensorFile(other)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_killed_transformer_run_ends_as_an_unbroken_one(data, tokenizer_run, transformer_run, tmp_path):
+    options = transformer_options(tokenizer_run)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(transformer, 3, patch)
+        with pytest.raises(Killed):
+            train(transformer, tmp_path, data, *options)
+    train(transformer, tmp_path, data, *options)
+    assert_same_file(tmp_path / "star.safetensors", transformer_run / "star.safetensors")
+
+
+def test_a_run_goes_on_from_exported_weights(data, tokenizer_run, transformer_run, tmp_path):
+    options = transformer_options(tokenizer_run)
+    start = transformer_run / "star.safetensors"
+    train(transformer, tmp_path, data, *options, "--start", str(start), "--rate", "1e-9", steps=2)
+    _, before = load_networks(start)
+    _, after = load_networks(tmp_path / "star.safetensors")
+    moved = after.transformer.word_embed.weight - before.transformer.word_embed.weight
+    assert moved.abs().max() < 1e-4
+    with pytest.raises(ValueError, match="this run trains"):
+        train(transformer, tmp_path / "x", data, *options, "--depth", "2", "--start", str(start))
+
+
+def test_a_killed_sampler_run_ends_as_an_unbroken_one_and_keeps_the_transformer(
+    data, tokenizer_run, transformer_run, tmp_path
+):
+    options = ["--tokenizer-run", str(tokenizer_run), "--transformer-run", str(transformer_run)]
+    options += ["--text", str(SHIPPED), "--sampler-depth", "1", "--bfloat16"]
+    whole = train(causal_sampler, tmp_path / "whole", data, *options)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(causal_sampler, 3, patch)
+        with pytest.raises(Killed):
+            train(causal_sampler, tmp_path / "killed", data, *options)
+    killed = train(causal_sampler, tmp_path / "killed", data, *options)
+    assert_same_file(killed / "star.safetensors", whole / "star.safetensors")
+    config, networks = load_networks(whole / "star.safetensors")
+    assert config.transformer.sampler_depth == 1
+    frozen = load_networks(transformer_run / "star.safetensors")[1].transformer.state_dict()
+    for name, value in networks.transformer.state_dict().items():
+        assert torch.equal(value, frozen[name])
+
+
+def test_the_decoder_stage_moves_the_decoder_alone(data, tokenizer_run, tmp_path):
+    train(decoder, tmp_path, data, "--tokenizer-run", str(tokenizer_run), *SIDES, "--bfloat16")
+    before = load_vqvae(tokenizer_run / "vqvae.safetensors").state_dict()
+    after = load_vqvae(tmp_path / "vqvae.safetensors").state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_a_stage_names_the_one_that_must_run_first(data, tmp_path):
+    with pytest.raises(ValueError, match="run the training stage that writes it first"):
+        train(transformer, tmp_path, data, *transformer_options(tmp_path / "nothing"))
