@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer-run", type=Path, required=True)
     parser.add_argument("--transformer-run", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
+    parser.add_argument(
+        "--variants",
+        type=int,
+        default=1,
+        help="renderings of each picture: as it is, then mirrored and shifted",
+    )
     parser.add_argument("--sampler-depth", type=int, default=3)
 
 
@@ -114,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     data = EmojiSet.load(args.data, args.size)
     vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
     text_encoder = load_text_encoder(args.text, device=device)
-    lessons = Lessons(data, vqvae, text_encoder, config.maps, device)
+    lessons = Lessons(data, vqvae, text_encoder, config.maps, device, variants=args.variants, seed=args.seed)
     teaching = SamplerLessons(networks.transformer, lessons)
     sampler = CausalSampler(config.transformer)
     sampler.initialise(torch.Generator().manual_seed(args.seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from ..quantizer import MultiScaleQuantizer
 from ..text_encoder import TextEncoder, TextStates
 from ..vqvae import VQVAE
 from .captions import plain_caption, random_caption
-from .emoji import EmojiSet
+from .emoji import EmojiSet, Record
 from .run import pictures_to_tensor
 
 ENCODE_BATCH = 128
 PROMPT_DROPOUT = 0.1
+LONGEST_SHIFT = 4
+"""Pixels: half a latent cell of the shipped VQ-VAE."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Lesson:
 
 
 class Lessons:
-    """Pictures as tokens, with captions drawn anew at every visit."""
+    """Pictures as tokens, with captions and one of `variants` renderings drawn anew at every visit."""
 
     def __init__(
         self,
@@ -41,20 +44,36 @@ class Lessons:
         text_encoder: TextEncoder,
         maps: tuple[TokenMap, ...],
         device: torch.device,
+        *,
+        variants: int = 1,
+        seed: int = 0,
     ) -> None:
         self.data = data
         self.maps = maps
         self.device = device
         self.text_encoder = text_encoder
         self.quantizer: MultiScaleQuantizer = vqvae.quantizer
-        self.tokens = encode_all(data, vqvae, maps, device)
+        mirrorable = torch.tensor([may_be_mirrored(record) for record in data.records])
+        found = [encode_all(data, vqvae, maps, device)]
+        for variant in range(1, variants):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + variant)
+            moved = Moved(mirrorable, generator)
+            found.append(encode_all(data, vqvae, maps, device, moved))
+        self.tokens = torch.stack(found)
         self._lengths = [h * w for h, w in maps]
 
     @torch.no_grad()
     def lesson(self, indices: Sequence[int], rng: np.random.Generator | None) -> Lesson:
-        """Return the lesson of these pictures; without `rng` each has its plain caption, none is dropped."""
+        """Return the lesson of these pictures.
+
+        Without `rng` each has its plain caption and is not moved, and no caption is dropped.
+        """
         captions = [self._caption(index, rng) for index in indices]
-        tokens = self.tokens[torch.as_tensor(np.asarray(indices))].to(self.device)
+        variants = (
+            np.zeros(len(indices), int) if rng is None else rng.integers(len(self.tokens), size=len(indices))
+        )
+        rows = torch.from_numpy(variants), torch.as_tensor(np.asarray(indices))
+        tokens = self.tokens[rows].to(self.device)
         inputs = self.quantizer.teacher_inputs(tokens.split(self._lengths, dim=1), self.maps)
         return Lesson(tokens, inputs, short_states(self.text_encoder, captions))
 
@@ -77,12 +96,52 @@ def short_states(text_encoder: TextEncoder, captions: Sequence[str]) -> TextStat
     return TextStates(states.last_hidden_state.float(), mask, states.pooler_output.float())
 
 
+def may_be_mirrored(record: Record) -> bool:
+    """Whether a picture is still what its caption says when left and right change places."""
+    told_apart = re.search(r"left|right|clock|east|west", record.label)
+    return told_apart is None and record.group not in ("symbols", "flags")
+
+
+class Moved:
+    """Mirrors pictures (half of those that may be) and shifts each by whole pixels, on white.
+
+    Whole pixels, so that nothing is blurred; the tokens change all the same, since the token grid stays.
+    """
+
+    def __init__(self, mirrorable: Tensor, generator: torch.Generator) -> None:
+        count = len(mirrorable)
+        self.mirrored = mirrorable & (torch.rand(count, generator=generator) < 0.5)
+        self.shifts = torch.randint(-LONGEST_SHIFT, LONGEST_SHIFT + 1, (count, 2), generator=generator)
+
+    def __call__(self, pictures: Tensor, start: int) -> Tensor:
+        """Return pictures (B, 3, H, W) in [-1, 1], numbers start.. of the set, moved."""
+        moved = torch.ones_like(pictures)
+        height, width = pictures.shape[2:]
+        for row, picture in enumerate(pictures):
+            if self.mirrored[start + row]:
+                picture = picture.flip(2)
+            down, right = (int(value) for value in self.shifts[start + row])
+            target = moved[row, :, max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
+            target.copy_(
+                picture[:, max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]
+            )
+        return moved
+
+
 @torch.no_grad()
-def encode_all(data: EmojiSet, vqvae: VQVAE, maps: tuple[TokenMap, ...], device: torch.device) -> Tensor:
-    """Return the tokens (N, L) of all pictures, int16 to save memory where the codebook allows."""
+def encode_all(
+    data: EmojiSet,
+    vqvae: VQVAE,
+    maps: tuple[TokenMap, ...],
+    device: torch.device,
+    moved: Moved | None = None,
+) -> Tensor:
+    """Return the tokens (N, L) of all pictures, as they are or moved."""
     found = []
     for start in range(0, len(data.pictures), ENCODE_BATCH):
         pictures = pictures_to_tensor(data.pictures[start : start + ENCODE_BATCH], device)
+        if moved is not None:
+            pictures = moved(pictures, start)
         quantized = vqvae.quantizer.quantize(vqvae.encode(pictures), maps)
         found.append(torch.cat(quantized.tokens, dim=1).cpu())
     return torch.cat(found)

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--tokenizer-run", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
+    parser.add_argument(
+        "--variants",
+        type=int,
+        default=1,
+        help="renderings of each picture: as it is, then mirrored and shifted",
+    )
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--width", type=int, default=256, help="heads have 64 each")
     parser.add_argument("--name", default="star-emoji-64")
@@ -127,8 +133,8 @@ def run(args: argparse.Namespace) -> None:
     config = make_config(args, text_encoder.width, vqvae_file)
     data = EmojiSet.load(args.data, args.size)
     vqvae = load_vqvae(vqvae_file, device=device)
-    lessons = Lessons(data, vqvae, text_encoder, config.maps, device)
-    log.info("%d pictures as %d tokens each", *lessons.tokens.shape)
+    lessons = Lessons(data, vqvae, text_encoder, config.maps, device, variants=args.variants, seed=args.seed)
+    log.info("%d variants of %d pictures as %d tokens each", *lessons.tokens.shape)
     transformer = Transformer(config.transformer)
     transformer.initialise(torch.Generator().manual_seed(args.seed))
     if args.start is not None:

@@ -8,7 +8,8 @@ import torch
 
 from star_core.config import square_maps, token_count
 from star_core.training.causal_sampler import EMPTY_SHARE, known_mask
-from star_core.training.lessons import window_positions
+from star_core.training.emoji import Record
+from star_core.training.lessons import Moved, may_be_mirrored, window_positions
 from star_core.training.muon import Muon, orthogonalise
 from star_core.training.run import Average, Checkpoint, rate_at, shuffled_batches
 
@@ -122,3 +123,27 @@ def test_muon_in_bfloat16_moves_weights_as_in_float32_nearly():
         assert parameter.dtype == torch.float32
     difference = (rough - exact).detach().norm() / (exact - start).detach().norm()
     assert 0 < float(difference) < 0.05
+
+
+def record(label: str, group: str = "objects") -> Record:
+    return Record(0, "Noto", "1f600", label, label, (), group, "train")
+
+
+def test_pictures_that_tell_left_from_right_are_not_mirrored():
+    assert may_be_mirrored(record("red apple"))
+    assert not may_be_mirrored(record("right arrow"))
+    assert not may_be_mirrored(record("three o'clock"))
+    assert not may_be_mirrored(record("keycap 3", "symbols"))
+
+
+def test_moved_pictures_are_mirrored_or_shifted_on_white_and_lose_no_sharpness():
+    pictures = torch.full((64, 3, 16, 16), 1.0)
+    pictures[:, :, 6:10, 5:9] = torch.linspace(-1, 0, 4).view(1, 1, 1, 4)
+    moved = Moved(torch.arange(64) % 2 == 0, torch.Generator().manual_seed(0))
+    drawn = moved(pictures, 0)
+    assert torch.equal(drawn.flatten(1).sort().values, pictures.flatten(1).sort().values)
+    falling = (drawn.diff(dim=3)[:, 0] < 0).any(dim=1).sum(dim=1)
+    assert {bool(f > 1) for f in falling[1::2]} == {False}, "no odd picture may be mirrored"
+    assert {bool(f > 1) for f in falling[0::2]} == {True, False}
+    assert len({tuple(s) for s in moved.shifts.tolist()}) > 20
+    assert torch.equal(moved(pictures[:32], 32), drawn[32:]), "a picture moves by its number, not its batch"
