@@ -7,6 +7,7 @@ codebook vectors to f_hat. One `ScaleStep` is yielded per scale; whoever stops i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
@@ -52,6 +53,17 @@ class ScaleStep:
     f_hat: Tensor
     given: bool = False
     soft: bool = False
+
+    def to(self, device: torch.device) -> ScaleStep:
+        """Return the step with its tensors on a device."""
+        return dataclasses.replace(self, tokens=self.tokens.to(device), f_hat=self.f_hat.to(device))
+
+    def repeated(self, count: int) -> ScaleStep:
+        """Return a step of `count` pictures, all equal to the one that this step has."""
+        if len(self.tokens) != 1:
+            raise ValueError(f"one picture can be repeated, not {len(self.tokens)}")
+        tokens, f_hat = self.tokens.expand(count, -1), self.f_hat.expand(count, -1, -1, -1)
+        return dataclasses.replace(self, tokens=tokens, f_hat=f_hat)
 
 
 @dataclass(frozen=True)
@@ -343,11 +355,4 @@ def _add(
 
 
 def _given(step: ScaleStep, device: torch.device) -> ScaleStep:
-    return ScaleStep(
-        step.scale,
-        step.token_map,
-        step.tokens.to(device),
-        step.f_hat.to(device),
-        given=True,
-        soft=step.soft,
-    )
+    return dataclasses.replace(step.to(device), given=True)

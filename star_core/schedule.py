@@ -10,13 +10,16 @@ The text form has one `name values` line per quantity (`;` separates as a line b
 
 Values repeat by `*`, one value serves all scales, `ramp g` is g s / (S - 1), the released guidance.
 `maps` is optional; sides are numbers or HxW. Quantities that are not written keep their defaults.
+A line `stretch yes` lets a model with another number of scales, or of other sides, use the schedule: each
+of its scales takes the policy of the nearest one by relative position s / (S - 1). Without it such a model
+refuses.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -91,12 +94,14 @@ class ScaleSchedule:
     """The policies of all scales, the causal sampler's guidance (constant) and its strategy.
 
     `maps` are the token maps the schedule was written for; None means any model with as many scales.
+    `stretch` lets a model with other maps use it too.
     """
 
     scales: tuple[ScalePolicy, ...]
     sampler_guidance: float = 4.0
     strategy: Strategy = "official"
     maps: tuple[TokenMap, ...] | None = None
+    stretch: bool = False
 
     def __post_init__(self) -> None:
         if not self.scales:
@@ -125,18 +130,10 @@ class ScaleSchedule:
         """Return the schedule as a model with these maps can run it.
 
         Clamped: top_k to the codebook, steps to the tokens of the map. Raises ValueError for another
-        number of scales, maps of other sizes, and for sampler steps on a model without a causal sampler.
+        number of scales or maps of other sizes where the schedule does not stretch, and for sampler steps
+        on a model without a causal sampler.
         """
-        if len(maps) != len(self.scales):
-            raise ValueError(
-                f"the schedule has {len(self.scales)} scales, the model draws {len(maps)}"
-                f" ({sides_text(maps)}): use a preset of the model, or write one value per scale"
-            )
-        if self.maps is not None and not _alike(self.maps, maps):
-            raise ValueError(
-                f"the schedule is written for maps {sides_text(self.maps)}, the model draws"
-                f" {sides_text(maps)}: use a preset of the model, or leave the maps line out"
-            )
+        self._check_maps_of_model(maps)
         if self.refines and not has_sampler:
             raise ValueError(
                 "the schedule uses the causal sampler, but this checkpoint has none: set steps to 0,"
@@ -148,9 +145,30 @@ class ScaleSchedule:
                 top_k=min(policy.top_k, codebook_size),
                 steps=min(policy.steps, height * width),
             )
-            for policy, (height, width) in zip(self.scales, maps, strict=True)
+            for policy, (height, width) in zip(self._stretched(len(maps)), maps, strict=True)
         )
         return dataclasses.replace(self, scales=fitted, maps=tuple(maps))
+
+    def _check_maps_of_model(self, maps: Sequence[TokenMap]) -> None:
+        if self.stretch:
+            return
+        if len(maps) != len(self.scales):
+            raise ValueError(
+                f"the schedule has {len(self.scales)} scales, the model draws {len(maps)}"
+                f" ({sides_text(maps)}): use a preset of the model, write one value per scale, or add a"
+                " line `stretch yes`"
+            )
+        if self.maps is not None and not _alike(self.maps, maps):
+            raise ValueError(
+                f"the schedule is written for maps {sides_text(self.maps)}, the model draws"
+                f" {sides_text(maps)}: use a preset of the model, leave the maps line out, or add a line"
+                " `stretch yes`"
+            )
+
+    def _stretched(self, scales: int) -> list[ScalePolicy]:
+        """Return a policy per scale of a model: the nearest by relative position, the coarser on a tie."""
+        ours = len(self.scales)
+        return [self.scales[nearest_scale(scale, scales, ours)] for scale in range(scales)]
 
     def to_text(self) -> str:
         """Return the text form; `parse_schedule` reads it back to an equal schedule."""
@@ -160,7 +178,13 @@ class ScaleSchedule:
             lines.append(f"{name} {_values_text(values, ramp=name == 'guidance')}")
         lines.append(f"sampler_guidance {_number_text(self.sampler_guidance)}")
         lines.append(f"strategy {self.strategy}")
+        if self.stretch:
+            lines.append("stretch yes")
         return "\n".join(lines)
+
+
+def _yes_or_no(word: str) -> bool:
+    return {"yes": True, "no": False}[word]
 
 
 QUANTITIES: dict[str, Callable[[str], bool | int | float]] = {
@@ -168,7 +192,7 @@ QUANTITIES: dict[str, Callable[[str], bool | int | float]] = {
     "top_p": float,
     "guidance": float,
     "temperature": float,
-    "smooth": lambda word: {"yes": True, "no": False}[word],
+    "smooth": _yes_or_no,
     "steps": int,
     "transformer_steps": int,
     "random_steps": int,
@@ -185,6 +209,13 @@ def _alike(ours: Sequence[TokenMap], theirs: Sequence[TokenMap]) -> bool:
 def ramp(strength: float, scales: int) -> list[float]:
     """Return the released guidance per scale: strength s / (S - 1), none at the first scale."""
     return [strength * (scale / max(scales - 1, 1)) for scale in range(scales)]
+
+
+def nearest_scale(scale: int, scales: int, ours: int) -> int:
+    """Return which of `ours` scales lies nearest to a scale of `scales` by relative position s / (S - 1)."""
+    last, our_last = max(scales - 1, 1), max(ours - 1, 1)
+    # Whole numbers, so that a tie is one: |i / our_last - scale / last| times both denominators.
+    return min(range(ours), key=lambda i: abs(i * last - scale * our_last))
 
 
 def sides_text(maps: Sequence[TokenMap]) -> str:
@@ -246,7 +277,8 @@ def parse_schedule(text: str, scales: int | None = None) -> ScaleSchedule:
     maps: tuple[TokenMap, ...] | None = None
     strategy: Strategy = "official"
     sampler_guidance = 4.0
-    expected = _expected_scales(lines, scales)
+    stretch = _stretches(lines)
+    expected = _expected_scales(lines, scales, stretch=stretch)
     seen: set[str] = set()
     for line in lines:
         name, rest = line.words[0], line.words[1:]
@@ -261,22 +293,24 @@ def parse_schedule(text: str, scales: int | None = None) -> ScaleSchedule:
             strategy = _strategy_of(line, rest)
         elif name.text == "sampler_guidance":
             sampler_guidance = _only_value(line, rest)
+        elif name.text == "stretch":
+            continue
         elif name.text in QUANTITIES:
             values[name.text] = _spread(line, rest, QUANTITIES[name.text], expected)
         else:
-            known = ", ".join(["maps", *QUANTITIES, "sampler_guidance", "strategy"])
+            known = ", ".join(["maps", *QUANTITIES, "sampler_guidance", "strategy", "stretch"])
             raise line.fail(name, f"{name.text!r} is no quantity. There are: {known}")
-    return _assemble(lines, values, expected, maps, sampler_guidance, strategy)
+    policies = _policies(lines, values, expected)
+    try:
+        return ScaleSchedule(policies, sampler_guidance, strategy, maps, stretch)
+    except ValueError as error:
+        line, word = _culprit(lines, str(error))
+        raise line.fail(word, str(error)) from error
 
 
-def _assemble(
-    lines: list[_Line],
-    values: dict[str, list[bool | int | float]],
-    scales: int,
-    maps: tuple[TokenMap, ...] | None,
-    sampler_guidance: float,
-    strategy: Strategy,
-) -> ScaleSchedule:
+def _policies(
+    lines: list[_Line], values: dict[str, list[bool | int | float]], scales: int
+) -> tuple[ScalePolicy, ...]:
     policies = []
     for scale in range(scales):
         fields = {name: column[scale] for name, column in values.items()}
@@ -285,11 +319,7 @@ def _assemble(
         except ValueError as error:
             line, word = _culprit(lines, str(error), scale)
             raise line.fail(word, f"scale {scale + 1}: {error}") from error
-    try:
-        return ScaleSchedule(tuple(policies), sampler_guidance, strategy, maps)
-    except ValueError as error:
-        line, word = _culprit(lines, str(error))
-        raise line.fail(word, str(error)) from error
+    return tuple(policies)
 
 
 def _culprit(lines: list[_Line], message: str, scale: int = 0) -> tuple[_Line, _Word]:
@@ -325,19 +355,60 @@ def _count_of(word: _Word) -> int:
     return int(repeat.group(1)) if repeat else 1
 
 
-def _expected_scales(lines: list[_Line], scales: int | None) -> int:
-    """Return the number of scales: the caller's, that of the maps, or of the first line that lists values."""
+def refuse_lines(text: str, elsewhere: Mapping[str, str]) -> None:
+    """Raise ScheduleError at the first line whose quantity belongs elsewhere, with the reason given."""
+    for line in _lines(text):
+        name = line.words[0]
+        if name.text in elsewhere:
+            raise line.fail(name, elsewhere[name.text])
+
+
+def scales_of(text: str) -> int | None:
+    """Return how many scales a text says it has, None where one value serves them all."""
+    lines = _lines(text)
+    return next((n for line in _by_worth(lines) if (n := _listed(line)) is not None), None)
+
+
+def _stretches(lines: list[_Line]) -> bool:
+    """Return what the text's `stretch` line says, False where there is none."""
+    for line in lines:
+        if line.words[0].text == "stretch" and len(line.words) > 1:
+            for surplus in line.words[2:]:
+                raise line.fail(surplus, "stretch takes one value")
+            if "*" in line.words[1].text:
+                raise line.fail(line.words[1], "stretch takes one value, for all scales together")
+            return bool(_one_value(line, line.words[1], _yes_or_no))
+    return False
+
+
+def _expected_scales(lines: list[_Line], scales: int | None, *, stretch: bool) -> int:
+    """Return the number of scales: the caller's, that of the maps, or of the first line that lists values.
+
+    A text that stretches is of its own number of scales, wherever it says one.
+    """
+    if scales is not None and not stretch:
+        return scales
+    for line in _by_worth(lines):
+        if (listed := _listed(line)) is not None:
+            return listed
     if scales is not None:
         return scales
-    for line in sorted(lines, key=lambda line: line.words[0].text != "maps"):
-        name, rest = line.words[0].text, line.words[1:]
-        count = sum(_count_of(word) for word in rest)
-        listed = name in QUANTITIES and rest and rest[0].text != "ramp"
-        if (name == "maps" and rest) or (listed and count > 1):
-            return min(count, MAX_STEPS)
     raise ScheduleError(
         "the schedule does not say how many scales it has: add a `maps` line, as in `maps 1 2 3 4 6 8`"
     )
+
+
+def _by_worth(lines: list[_Line]) -> list[_Line]:
+    """Return the lines in the order in which they are asked for the number of scales: maps first."""
+    return sorted(lines, key=lambda line: line.words[0].text != "maps")
+
+
+def _listed(line: _Line) -> int | None:
+    """Return how many scales a line lists, None where it has one value or a ramp."""
+    name, rest = line.words[0].text, line.words[1:]
+    count = sum(_count_of(word) for word in rest)
+    listed = name in QUANTITIES and rest and rest[0].text != "ramp"
+    return min(count, MAX_STEPS) if (name == "maps" and rest) or (listed and count > 1) else None
 
 
 def _spread(

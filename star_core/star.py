@@ -166,26 +166,33 @@ class Star:
         *_, last = self.generate(prompts, negative, options)
         return self.decode(last.f_hat)
 
-    @torch.no_grad()
     def decode(self, f_hat: Tensor) -> Tensor:
         """Return the pictures (B, 3, H, W) in [0, 1] of f_hat (B, D, h, w), of any scale's step."""
-        return (self.vqvae.decode(f_hat.to(self.device)) + 1) / 2
+        return self.vqvae.pictures(f_hat.to(self.device))
 
-    @torch.no_grad()
     def encode_image(self, pictures: Tensor) -> tuple[ScaleStep, ...]:
         """Return pictures (B, 3, H, W) in [0, 1] as finished scales, to restart or keep tokens from.
 
         Raises ValueError for a size that the model does not have.
         """
-        if pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise ValueError(f"pictures are (B, 3, H, W), got {tuple(pictures.shape)}")
-        maps = self.maps((pictures.shape[2], pictures.shape[3]))
-        features = self.vqvae.encode(pictures.to(self.device) * 2 - 1)
-        quantized = self.vqvae.quantizer.quantize(features, maps)
-        return tuple(
-            ScaleStep(scale, maps[scale], tokens, f_hat, given=True)
-            for scale, (tokens, f_hat) in enumerate(zip(quantized.tokens, quantized.f_hats, strict=True))
-        )
+        return encode_image(self.config, self.vqvae, pictures.to(self.device))
+
+
+@torch.no_grad()
+def encode_image(config: StarConfig, vqvae: VQVAE, pictures: Tensor) -> tuple[ScaleStep, ...]:
+    """Return pictures (B, 3, H, W) in [0, 1], on the VQ-VAE's device, as finished scales of a model.
+
+    Raises ValueError for a size that the model does not have.
+    """
+    if pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise ValueError(f"pictures are (B, 3, H, W), got {tuple(pictures.shape)}")
+    maps, _ = maps_for_size(config, pictures.shape[2], pictures.shape[3])
+    features = vqvae.encode(pictures * 2 - 1)
+    quantized = vqvae.quantizer.quantize(features, maps)
+    return tuple(
+        ScaleStep(scale, maps[scale], tokens, f_hat, given=True)
+        for scale, (tokens, f_hat) in enumerate(zip(quantized.tokens, quantized.f_hats, strict=True))
+    )
 
 
 def _spans(
@@ -199,6 +206,36 @@ def _spans(
     if len(texts) == len(prompts):
         return [(0, texts)]
     return [(span[0], list(span[1])) for span in prompts if not isinstance(span, str)]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a model's parts lie: transformer file, VQ-VAE file, text encoder file or folder."""
+
+    star: Path
+    vqvae: Path
+    text_encoder: Path
+
+
+def find_files(
+    source: Path | str | None = None,
+    *,
+    vqvae: Path | str | None = None,
+    text_encoder: Path | str | None = None,
+) -> Files:
+    """Return the files of a model: see `load`. Raises ValueError naming the one that is missing."""
+    place = SHIPPED if source is None else Path(source)
+    if not place.exists():
+        raise ValueError(f"{place}: no such file or folder")
+    folder = place if place.is_dir() else place.parent
+    star_file = folder / STAR_FILE if place.is_dir() else place
+    if not star_file.is_file():
+        raise ValueError(f"{star_file}: no such file")
+    return Files(
+        star_file,
+        _beside(vqvae, folder / VQVAE_FILE, "VQ-VAE", "--vqvae"),
+        _beside(text_encoder, _text_place(folder), "text encoder", "--text-encoder"),
+    )
 
 
 def load(
@@ -217,22 +254,16 @@ def load(
     vqvae, text_encoder and tokenizer name files elsewhere. preset is needed only where the transformer's
     file does not say what it is. Raises ValueError naming file, key and remedy.
     """
-    place = SHIPPED if source is None else Path(source)
-    if not place.exists():
-        raise ValueError(f"{place}: no such file or folder")
-    folder = place if place.is_dir() else place.parent
-    star_file = folder / STAR_FILE if place.is_dir() else place
+    files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)
     device = torch.device(device)
-    config, networks = load_networks(star_file, preset_name=preset, dtype=dtype, device=device)
-    vqvae_file = _beside(vqvae, folder / VQVAE_FILE, "VQ-VAE", "--vqvae")
-    text_place = _beside(text_encoder, _text_place(folder), "text encoder", "--text-encoder")
+    config, networks = load_networks(files.star, preset_name=preset, dtype=dtype, device=device)
     return Star(
         config,
         networks.transformer,
         networks.causal_sampler,
-        load_vqvae(vqvae_file, config.vqvae, dtype=dtype, device=device),
+        load_vqvae(files.vqvae, config.vqvae, dtype=dtype, device=device),
         load_text_encoder(
-            text_place,
+            files.text_encoder,
             tokenizer=Path(tokenizer) if tokenizer is not None else None,
             dtype=torch.float32,
             device=device,

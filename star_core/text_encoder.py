@@ -110,12 +110,22 @@ class TextEncoder(nn.Module):
         lengths = torch.tensor([len(row) for row in rows])
         return ids, torch.arange(self.positions) < lengths[:, None]
 
+    def measure(self, prompt: str) -> tuple[int, str]:
+        """Return how many tokens a prompt's words make, and those words that find no position."""
+        ids = self._all_ids(prompt)
+        cut = self.tokenizer.decode(ids[self.positions - 1 : -1]) if len(ids) > self.positions else ""
+        return len(ids) - 2, cut
+
+    def _all_ids(self, prompt: str) -> list[int]:
+        """Return the ids of a whole prompt between those of its start and its end."""
+        return list(self.tokenizer(prompt, verbose=False)["input_ids"])
+
     def _token_ids(self, prompt: str) -> list[int]:
         # Cut here rather than by the tokenizer, which would not tell what it dropped.
-        ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])
+        ids = self._all_ids(prompt)
         if len(ids) <= self.positions:
             return ids
-        cut = self.tokenizer.decode(ids[self.positions - 1 : -1])
+        _, cut = self.measure(prompt)
         log.warning("a prompt is longer than %d tokens; left out: %r", self.positions - 2, cut)
         return [*ids[: self.positions - 1], ids[-1]]
 

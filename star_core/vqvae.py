@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -220,3 +221,8 @@ class VQVAE(nn.Module):
         dtype = self.post_quant_conv.weight.dtype
         pictures = self.decoder(self.post_quant_conv(f_hat.to(dtype)))
         return pictures.float().clamp(-1, 1)  # type: ignore[no-any-return]  # Module call: Any
+
+    @torch.no_grad()
+    def pictures(self, f_hat: Tensor) -> Tensor:
+        """Return the pictures (B, 3, h * f, w * f) in [0, 1] of f_hat (B, D, h, w), of any scale's step."""
+        return (self.decode(f_hat) + 1) / 2

@@ -1,4 +1,4 @@
-"""The README's file guide is true: every file of star_core has its line, and every line has its file."""
+"""The README's file guide is true: every file of star_core and nodes has its line, every line its file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def guide() -> list[tuple[str, str]]:
 
 
 def files() -> set[str]:
-    """Return the files of star_core; what the shipped model consists of stands under one folder."""
-    every = (path for path in (ROOT / "star_core").rglob("*") if path.is_file())
+    """Return the files of both packages; what the shipped model consists of stands under one folder."""
+    rooms = ("star_core", "nodes")
+    every = (path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file())
     kept = (path.relative_to(ROOT) for path in every if "__pycache__" not in path.parts)
     return {path.as_posix() for path in kept if path.parts[1] != "demo"}
 
 
-def test_every_file_of_star_core_is_named_once():
+def test_every_file_is_named_once():
     named = Counter(path for path, _ in guide())
     assert not [path for path, times in named.items() if times > 1]
     assert not files() - set(named), "these files have no line in the file guide"

@@ -1,0 +1,130 @@
+"""What travels between the nodes: socket types and the records on them.
+
+A record that carries a network has it in `patcher`: ComfyUI decides where its weights are, and looks for
+this name to count and to free them. Records never change, but for the last run that a model remembers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.v0_0_2 import io
+
+if TYPE_CHECKING:
+    from ..star_core.config import StarConfig, TokenMap, VQVAEConfig
+    from ..star_core.generate import Request, ScaleStep
+    from ..star_core.prompts import Timeline
+    from ..star_core.text_encoder import TextStates
+
+CATEGORY = "STAR"
+
+Model = io.Custom("STAR_MODEL")
+TextEncoder = io.Custom("STAR_TEXT_ENCODER")
+VQVAE = io.Custom("STAR_VQVAE")
+Schedule = io.Custom("STAR_SCHEDULE")
+Sampler = io.Custom("STAR_SAMPLER")
+Tokens = io.Custom("STAR_TOKENS")
+
+
+@dataclass(frozen=True)
+class TextEncoderHandle:
+    """STAR_TEXT_ENCODER: the CLIP text model with its tokenizer."""
+
+    patcher: Any
+
+
+@dataclass(frozen=True)
+class VQVAEHandle:
+    """STAR_VQVAE."""
+
+    config: VQVAEConfig
+    patcher: Any
+
+
+@dataclass
+class LastRun:
+    """The request that a model drew last and its finished scales, on the CPU."""
+
+    request: Request | None = None
+    steps: tuple[ScaleStep, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelHandle:
+    """STAR_MODEL: transformer and causal sampler, with the VQ-VAE whose codebook they read."""
+
+    config: StarConfig
+    patcher: Any
+    vqvae: VQVAEHandle
+    last: LastRun = field(default_factory=LastRun)
+
+    @property
+    def has_sampler(self) -> bool:
+        return self.config.transformer.has_sampler
+
+
+@dataclass(frozen=True)
+class ScheduleText:
+    """STAR_SCHEDULE: a checked text; which model it is for shows where it is used."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TokensRecord:
+    """STAR_TOKENS: every scale of a batch of pictures, on the CPU."""
+
+    maps: tuple[TokenMap, ...]
+    steps: tuple[ScaleStep, ...]
+    vqvae: VQVAEConfig
+
+    @property
+    def batch(self) -> int:
+        return len(self.steps[0].tokens)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a CONDITIONING of CLIP Encode (STAR) carries under PROMPT_KEY.
+
+    timeline: which text holds from which scale on. empty: the same encoder's states of the empty prompt,
+    which guidance leads away from where no negative prompt is connected.
+    """
+
+    timeline: Timeline
+    empty: TextStates
+
+
+PROMPT_KEY = "star_prompt"
+POOLED_KEY = "pooled_output"
+
+
+def conditioning(prompt: Prompt) -> list[list[Any]]:
+    """Return a prompt as CONDITIONING: core's shape, with ours beside it."""
+    first = prompt.timeline[0][1]
+    return [[first.hidden, {POOLED_KEY: first.pooled, PROMPT_KEY: prompt}]]
+
+
+def prompt_of(conditioning: list[list[Any]], name: str) -> Prompt:
+    """Return the prompt of a CONDITIONING. Raises ValueError for one that STAR cannot draw from."""
+    wanted = 'connect the output of "CLIP Encode (STAR)"'
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"{name} holds {len(conditioning)} prompts (Conditioning (Combine) or the like), STAR draws from"
+            f' one: {wanted}, or change prompts on the way with "Prompt from Scale"'
+        )
+    hidden, extra = conditioning[0]
+    prompt = extra.get(PROMPT_KEY)
+    if prompt is None:
+        raise ValueError(
+            f'{name} does not come from "CLIP Encode (STAR)" but from another encoder, such as core\'s CLIP'
+            f" Text Encode. It lacks what STAR was trained with (the last layer, the unprojected pooled"
+            f" state, the mask of the words): {wanted}"
+        )
+    first = prompt.timeline[0][1]
+    surplus = sorted(set(extra) - {PROMPT_KEY, POOLED_KEY})
+    if surplus or hidden is not first.hidden or extra.get(POOLED_KEY) is not first.pooled:
+        what = f"it sets {', '.join(surplus)}" if surplus else "its states are no longer those of the prompt"
+        raise ValueError(f"{name} was changed by a node that STAR cannot follow ({what}): {wanted} directly")
+    return prompt

@@ -1,0 +1,36 @@
+"""Inpainting: which tokens of a picture stay while the rest is drawn anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .config import TokenMap
+from .generate import KeptTokens, ScaleStep
+
+REDRAWN_SHARE = 0.5
+"""Share of a token's cell from which on it is drawn anew.
+
+Half, so that the coarse scales of a picture with a small hole stay: a coarse token that is drawn anew moves
+the whole picture, kept tokens' places included, because finer tokens only add to it.
+"""
+
+
+def keep_outside(steps: Sequence[ScaleStep], redraw: Tensor) -> KeptTokens:
+    """Return what a mask (B, H, W) keeps of a picture's scales: 1 is drawn anew, 0 stays.
+
+    The mask may have any size; it is laid over the whole picture and averaged over each token's cell.
+    """
+    return KeptTokens(
+        tuple(step.tokens for step in steps),
+        tuple(_kept(redraw, step.token_map) for step in steps),
+    )
+
+
+def _kept(redraw: Tensor, token_map: TokenMap) -> Tensor:
+    """Return where tokens of a map stay, (B, h * w) bool."""
+    share = F.interpolate(rearrange(redraw.float(), "b h w -> b 1 h w"), size=token_map, mode="area")
+    return rearrange(share, "b 1 h w -> b (h w)") < REDRAWN_SHARE

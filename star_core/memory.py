@@ -1,0 +1,38 @@
+"""How many bytes drawing and decoding need beside the weights, for a host that makes room. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .config import TokenMap, TransformerConfig, VQVAEConfig, token_count
+
+FLOAT32 = 4
+BLOCK_COPIES = 14
+"""Tensors of (R, n, C) alive at a block's peak: input, norm, q, k, v and turned copies, the FFN's four."""
+LOGIT_COPIES = 6
+"""Tensors of (R, n, V) in float32 while a token is drawn: logits, guided, sorted with their indices, sums."""
+DECODER_COPIES = 6
+"""Tensors of (B, C, H, W) at the decoder's widest level."""
+
+
+def drawing_bytes(
+    config: TransformerConfig, maps: Sequence[TokenMap], pictures: int, *, guided: bool, itemsize: int
+) -> int:
+    """Return the KV cache, plus what the largest scale's pass and its logits take."""
+    rows = pictures * (2 if guided else 1)
+    largest = max(height * width for height, width in maps)
+    cached = token_count(maps)
+    cache = 2 * config.depth * rows * cached * config.width * itemsize
+    block = (BLOCK_COPIES * largest + 2 * cached) * rows * config.width * itemsize
+    logits = LOGIT_COPIES * rows * largest * config.codebook_size * FLOAT32
+    return cache + block + logits
+
+
+def decoding_bytes(config: VQVAEConfig, token_map: TokenMap, pictures: int, *, itemsize: int) -> int:
+    """Return what decoding (or encoding) pictures of a latent size takes."""
+    pixels = token_map[0] * token_map[1] * config.downsample * config.downsample
+    widest = max(
+        config.base_channels * multiplier // (1 << 2 * level)
+        for level, multiplier in enumerate(config.channel_multipliers)
+    )
+    return DECODER_COPIES * pictures * pixels * widest * itemsize
