@@ -1,0 +1,21 @@
+// Reads one JSON list of [function, ...arguments] from standard input, answers what the editor's functions return.
+import { readFileSync } from "node:fs";
+import * as part from "../../web/js/schedule_part.js";
+import * as quantities from "../../web/js/quantities.js";
+
+function answer([name, ...parameters]) {
+  if (name === "readPart") return caught(() => part.readPart(parameters[0], part.PARTS[parameters[1]]).scales);
+  return caught(() => (part[name] ?? quantities[name])(...parameters));
+}
+
+function caught(call) {
+  try {
+    return { value: call() ?? null };
+  } catch (error) {
+    if (error.name !== "ScheduleTextError") throw error;
+    return { error: error.message };
+  }
+}
+
+const cases = JSON.parse(readFileSync(0, "utf8"));
+process.stdout.write(JSON.stringify(cases.map(answer)));

@@ -1,0 +1,164 @@
+"""What a drag, a preset or a model's sides do to a schedule text: one line changes, all else stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from star_core.presets import SCHEDULES
+from star_core.schedule import ScheduleError, parse_schedule, ramp
+from star_core.schedule_parts import check_part
+
+HERE = Path(__file__).parent
+NODE = shutil.which("node")
+
+pytestmark = pytest.mark.skipif(NODE is None, reason="needs `node` (Node.js 20.19 or newer) on the path")
+
+
+def call(*cases: list[Any]) -> list[Any]:
+    done = subprocess.run(
+        [str(NODE), str(HERE / "schedule_part_main.mjs")],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    answers: list[Any] = json.loads(done.stdout)
+    return answers
+
+
+def value(*case: Any) -> Any:
+    (answer,) = call(list(case))
+    assert "error" not in answer, answer
+    return answer["value"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "values", "expected"),
+    [
+        ("maps 1 2 3\ntop_k 600", "top_k", [600, 300, 300], "maps 1 2 3\ntop_k 600 300*2"),
+        ("maps 1 2 3\ntop_k 600 300*2", "top_k", [5, 5, 5], "maps 1 2 3\ntop_k 5"),
+        ("maps 1 2 3\nguidance 1", "guidance", [0, 2, 4], "maps 1 2 3\nguidance ramp 4"),
+        ("maps 1 2 3\nguidance ramp 4", "guidance", [0, 2.5, 4], "maps 1 2 3\nguidance 0 2.5 4"),
+        ("  maps 1 2 3 ;top_k  1   2 3;top_p 1", "top_k", [1, 2, 4], "  maps 1 2 3 ;top_k  1 2 4;top_p 1"),
+        ("maps 1 2 3\n", "top_p", [0.5, 0.5, 1], "maps 1 2 3\ntop_p 0.5*2 1"),
+        ("maps 1 2 3; top_k 4;", "top_p", [0.5, 0.5, 1], "maps 1 2 3; top_k 4; top_p 0.5*2 1"),
+        ("top_k 1 2 3", "top_k", [4, 4, 4], "top_k 4*3"),
+        ("guidance 0 1 2", "guidance", [0, 2, 4], "guidance 0 2 4"),
+        ("maps 1 2\nsmooth no", "smooth", [False, True], "maps 1 2\nsmooth no yes"),
+    ],
+)
+def test_one_line_changes(text: str, name: str, values: list[float], expected: str) -> None:
+    written = value("writeValues", text, name, values)
+    assert written == expected
+    schedule = parse_schedule(written)
+    assert [getattr(policy, name) for policy in schedule.scales] == values
+
+
+def test_sides_are_written_but_never_stretch_listed_values() -> None:
+    sides = ["1", "2", "3x4", "4x6"]
+    single, listed = "top_k 600\nguidance ramp 4", "maps 1 2 3\ntop_k 1 2 3"
+    written, refused = call(["writeSides", single, sides], ["writeSides", listed, sides])
+    assert written["value"] == "maps 1 2 3x4 4x6\ntop_k 600\nguidance ramp 4"
+    assert "3 values for 4 scales" in refused["error"]
+
+
+def test_a_preset_takes_the_place_of_its_lines_only() -> None:
+    preset = "maps 1 2 3\ntop_k 4096\ntop_p 0.8"
+    assert value("writePreset", "stretch yes; top_k 1; maps 1 2", preset) == (
+        "stretch yes; top_k 4096; maps 1 2 3; top_p 0.8"
+    )
+    assert value("writePreset", "top_k ???", preset) == preset
+    assert value("writePreset", "demo-1024", preset) == preset
+
+
+DRAWING = [
+    "maps 1 2\ntop_k 5",
+    "maps 1 2\nsteps 8",
+    "maps 1 2\nstrategy masked",
+    "maps 1 2\nsampler_guidance 1",
+]
+SAMPLER = ["maps 1 2\nsteps 5", "maps 1 2\ntop_p 1", "maps 1 2\nsmooth no", "maps 1 2\nstrategy masked"]
+
+
+@pytest.mark.parametrize(("node", "part", "texts"), [
+    ("StarScaleSchedule", "drawing", DRAWING),
+    ("StarCausalSampler", "sampler", SAMPLER),
+])  # fmt: skip
+def test_lines_of_the_other_node_are_refused_in_the_nodes_words(node: str, part: Any, texts: list[str]) -> None:
+    good, *bad = texts
+    taken, *refused = call(*[["readPart", text, node] for text in texts])
+    check_part(good, part)
+    assert taken == {"value": 2}
+    for text, answer in zip(bad, refused, strict=True):
+        with pytest.raises(ScheduleError) as caught:
+            check_part(text, part)
+        assert answer == {"error": str(caught.value)}
+
+
+def test_a_lone_word_is_a_presets_name() -> None:
+    names = list(SCHEDULES)
+    assert [answer["value"] for answer in call(*[["presetName", f" {name}\n"] for name in names])] == names
+    assert value("presetName", "top_k 5") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "expected"),
+    [
+        ("top_k", "600", 600),
+        ("top_k", "6.5", None),
+        ("top_k", "1000001", None),
+        ("top_p", "0.25", 0.25),
+        ("top_p", "1.5", None),
+        ("guidance", "-3", -3),
+        ("temperature", "0", None),
+        ("steps", "4097", None),
+        ("smooth", "yes", True),
+        ("top_p", "", None),
+    ],
+)
+def test_typed_numbers_are_those_the_text_may_have(name: str, typed: str, expected: object) -> None:
+    assert value("typedValue", name, typed) == expected
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "guidance", "temperature", "steps"])
+def test_a_bar_gives_back_the_value_it_shows(name: str) -> None:
+    values = {"top_k": [0, 1, 30, 600, 4096], "top_p": [0, 0.05, 0.8, 1], "guidance": ramp(4, 5)}
+    shown = values.get(name, [1, 2])
+    span = value("rangeOf", name, shown)
+    heights = [answer["value"] for answer in call(*[["heightOf", name, v, span] for v in shown])]
+    assert heights == sorted(heights)
+    assert 0 <= heights[0] <= heights[-1] <= 1
+    back = [answer["value"] for answer in call(*[["valueAt", name, h, span, True] for h in heights])]
+    assert back == pytest.approx(shown, rel=1e-3)
+
+
+def test_a_negative_guidance_has_room_below_zero() -> None:
+    span = value("rangeOf", "guidance", [-3, 0, 4])
+    assert span["bottom"] <= -3
+    assert span["top"] >= 4
+    assert value("valueAt", "guidance", 0, span) == span["bottom"]
+
+
+def test_keys_step_within_what_the_text_may_have() -> None:
+    moves = [
+        ("top_p", 0.8, 1, False, 0.81),
+        ("top_p", 0.8, 1, True, 0.801),
+        ("top_p", 1, 10, False, 1),
+        ("top_k", 0, 1, False, 1),
+        ("top_k", 1, -1, False, 0),
+        ("top_k", 2, 1, False, 3),
+        ("top_k", 600, 10, False, 1200),
+        ("top_k", 600, 1, True, 601),
+        ("top_k", 1_000_000, 1, False, 1_000_000),
+        ("steps", 0, -1, False, 0),
+        ("temperature", 0.05, -10, False, 0.01),
+    ]
+    answers = call(*[["stepped", *move[:4]] for move in moves])
+    assert [answer["value"] for answer in answers] == [move[4] for move in moves]

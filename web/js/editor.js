@@ -1,0 +1,258 @@
+// The editor of one text: rows of bars, a menu of presets, the sides from a model, the error at its place.
+// Knows the DOM and the text; what it needs of ComfyUI comes in as `host`.
+
+import { BarRow, element } from "./bars.js";
+import { presetName, readPart, scalesOf, writePreset, writeSides, writeValues } from "./schedule_part.js";
+import { ScheduleTextError, linesOf, sidesText, valuesOf } from "./schedule_text.js";
+import { say } from "./words.js";
+
+const TOOLS_HEIGHT = 24;
+const NOTE_HEIGHT = 18;
+const ROW_HEIGHT = 90;
+const GAP = 4;
+
+/**
+ * `host`: read() and write(text); begin() and end() around one step of undo; linked(); showText(start, end);
+ * askModel() and askPresets(sides), both promises; applyPreset(preset) for what stands outside the text;
+ * locale(); resized().
+ */
+export class ScheduleEditor {
+  constructor(part, host) {
+    this.part = part;
+    this.host = host;
+    this.model = null;
+    this.rows = part.quantities.map((name) => new BarRow(name, this.reportOf(name)));
+    this.visibleRows = part.quantities.filter((name) => name !== "smooth").length;
+    this.build();
+    this.refresh();
+  }
+
+  get height() {
+    return TOOLS_HEIGHT + NOTE_HEIGHT + this.visibleRows * (ROW_HEIGHT + GAP) + GAP;
+  }
+
+  word(key, ...values) {
+    return say(this.host.locale(), key, ...values);
+  }
+
+  build() {
+    this.presets = element("select", "star-presets", { title: this.word("presetsTip") });
+    this.presets.append(new Option(this.word("presets"), ""));
+    this.fillButton = element("button", "star-fill-sides", { type: "button", title: this.word("fillTip") }, [
+      this.word("fill"),
+    ]);
+    this.said = element("span", "star-said");
+    this.list = element("div", "star-rows", {}, this.rows.map((row) => row.root));
+    this.message = element("div", "star-message", { role: "status" });
+    this.note = element("div", "star-note", { role: "status" });
+    this.root = element("div", "star-editor", {}, [
+      element("div", "star-bar-tools", {}, [this.presets, this.fillButton, this.said]),
+      this.list,
+      this.message,
+      this.note,
+    ]);
+    this.fillButton.addEventListener("click", () => this.fillSides());
+    this.presets.addEventListener("pointerdown", () => this.loadPresets());
+    this.presets.addEventListener("focus", () => this.loadPresets());
+    this.presets.addEventListener("change", () => this.choosePreset());
+    for (const control of [this.presets, this.fillButton]) {
+      for (const name of ["pointerdown", "keydown"]) control.addEventListener(name, (event) => event.stopPropagation());
+    }
+  }
+
+  reportOf(name) {
+    return {
+      begin: () => this.host.begin(),
+      end: () => this.host.end(),
+      change: (values) => this.host.write(writeValues(this.host.read(), name, values)),
+      point: (scale) => {
+        this.pointed = scale === null ? null : scale;
+        this.sayPointed();
+      },
+    };
+  }
+
+  /** Draw what the text says now. */
+  refresh() {
+    const text = this.host.read();
+    this.text = text;
+    this.schedule = null;
+    if (this.host.linked()) return this.showMessage("plain", this.word("linked"));
+    const preset = presetName(text);
+    if (preset !== null) return this.showMessage("plain", this.word("named", `“${preset}”`));
+    try {
+      this.schedule = readPart(text, this.part);
+    } catch (error) {
+      if (!(error instanceof ScheduleTextError)) throw error;
+      return this.showError(text, error);
+    }
+    return this.showBars();
+  }
+
+  showBars() {
+    const { schedule } = this;
+    this.message.hidden = true;
+    this.list.hidden = false;
+    const sides = schedule.maps ? sidesText(schedule.maps).split(" ") : this.numbers(schedule.scales);
+    const steps = this.part.quantities.includes("steps") ? valuesOf(schedule, "steps") : null;
+    for (const row of this.rows) {
+      const { name } = row;
+      const values = valuesOf(schedule, name);
+      row.root.hidden = name === "smooth" && !values.some(Boolean);
+      row.show(values, sides, {
+        codebook: this.model?.codebook ?? null,
+        idle: (scale) => (steps !== null && name !== "steps" ? steps[scale] === 0 : this.filtersIdle(name, scale)),
+        label: (scale) => this.word("scale", scale + 1, schedule.scales, sides[scale]),
+        rangeText: ({ bottom, top }) => `${bottom} – ${top}${name === "top_k" ? ` ${this.word("log")}` : ""}`,
+      });
+    }
+    this.sides = sides;
+    this.sayPointed();
+    this.sayMismatch();
+    const visible = this.rows.filter((row) => !row.root.hidden).length;
+    if (visible !== this.visibleRows) {
+      this.visibleRows = visible;
+      this.host.resized();
+    }
+  }
+
+  // A smooth scale draws a soft mixture: the filters do not apply to it.
+  filtersIdle(name, scale) {
+    return (name === "top_k" || name === "top_p") && Boolean(this.schedule.values.smooth?.[scale]);
+  }
+
+  numbers(scales) {
+    return Array.from({ length: scales }, (_, scale) => `#${scale + 1}`);
+  }
+
+  sayPointed() {
+    const { pointed, schedule } = this;
+    const known = schedule && pointed !== null && pointed !== undefined && pointed < schedule.scales;
+    this.said.textContent = known ? this.word("scale", pointed + 1, schedule.scales, this.sides[pointed]) : "";
+    if (!known && schedule) this.said.textContent = this.word("every");
+  }
+
+  sayMismatch() {
+    const ours = this.schedule?.maps ? sidesText(this.schedule.maps) : null;
+    const theirs = this.model?.sides?.join(" ");
+    const differs = ours && theirs && ours !== theirs && !this.schedule.stretch;
+    if (differs) this.setNote("warning", this.word("differs", theirs, ours));
+    else if (this.note.dataset.kind === "warning") this.setNote("plain", "");
+  }
+
+  showMessage(kind, ...content) {
+    this.list.hidden = true;
+    this.message.hidden = false;
+    this.message.dataset.kind = kind;
+    this.message.replaceChildren(...content);
+    this.said.textContent = "";
+  }
+
+  showError(text, error) {
+    const start = text.lastIndexOf("\n", error.start - 1) + 1;
+    const stop = text.indexOf("\n", error.end);
+    const shown = element("pre", "", {}, [
+      text.slice(start, error.start),
+      element("mark", "", {}, [text.slice(error.start, error.end)]),
+      text.slice(error.end, stop < 0 ? undefined : stop),
+    ]);
+    const button = element("button", "star-show", { type: "button" }, [this.word("show")]);
+    button.addEventListener("click", () => this.host.showText(error.start, error.end));
+    button.addEventListener("pointerdown", (event) => event.stopPropagation());
+    const placed = error.end > error.start;
+    this.showMessage("error", `${error.problem}`, ...(placed ? [shown, button] : []));
+  }
+
+  setNote(kind, text) {
+    this.note.dataset.kind = kind;
+    this.note.textContent = text;
+    this.note.title = text;
+  }
+
+  /** Make one change of the text, one step for undo. */
+  edit(text) {
+    this.host.begin();
+    this.host.write(text);
+    this.host.end();
+  }
+
+  /** Ask what the connected model draws; where none is connected, forget the last one. */
+  async askModel() {
+    try {
+      this.model = await this.host.askModel();
+    } catch (error) {
+      this.model = null;
+      this.setNote("warning", this.word("failed", error.message));
+      return null;
+    }
+    if (!this.host.linked() && this.schedule) this.showBars();
+    return this.model;
+  }
+
+  async fillSides() {
+    this.setNote("plain", "");
+    const model = await this.askModel();
+    if (!model) {
+      if (!this.note.textContent) this.setNote("warning", this.word("noModel"));
+      return;
+    }
+    const text = this.host.read();
+    if (presetName(text) !== null) {
+      await this.loadPresets();
+      const preset = this.offered?.find((candidate) => candidate.name === presetName(text));
+      if (preset) this.usePreset(preset);
+      return;
+    }
+    try {
+      const filled = writeSides(text, model.sides);
+      if (filled !== text) this.edit(filled);
+      this.setNote("plain", this.word("filled", model.name));
+    } catch (error) {
+      if (!(error instanceof ScheduleTextError)) throw error;
+      const { length } = model.sides;
+      this.setNote("warning", this.word("other", length, model.sides.join(" "), scalesOf(text) ?? "?"));
+    }
+  }
+
+  /** Fill the menu for the model's sides, or for the text's own where no model is connected. */
+  async loadPresets() {
+    const own = this.schedule?.maps ? sidesText(this.schedule.maps).split(" ") : mapsLine(this.host.read());
+    const sides = this.model?.sides ?? own;
+    if (!sides || this.offeredFor === sides.join(" ")) return;
+    try {
+      const presets = await this.host.askPresets(sides);
+      this.offeredFor = sides.join(" ");
+      this.offered = presets.filter((preset) => this.part.widget === "schedule" || preset.sampler);
+    } catch (error) {
+      this.setNote("warning", this.word("failed", error.message));
+      return;
+    }
+    const options = this.offered.map((preset) => {
+      const option = new Option(preset.name, preset.name);
+      option.title = preset.description;
+      return option;
+    });
+    this.presets.replaceChildren(new Option(this.word("presets"), ""), ...options);
+  }
+
+  choosePreset() {
+    const preset = this.offered?.find((candidate) => candidate.name === this.presets.value);
+    this.presets.value = "";
+    if (preset) this.usePreset(preset);
+  }
+
+  usePreset(preset) {
+    const lines = this.part.widget === "schedule" ? preset.schedule : preset.sampler?.steps;
+    if (!lines) return;
+    this.host.begin();
+    this.host.write(writePreset(this.host.read(), lines));
+    this.host.applyPreset(preset);
+    this.host.end();
+    this.setNote("plain", `${preset.name}: ${preset.description}`);
+  }
+}
+
+function mapsLine(text) {
+  const line = linesOf(text).find((candidate) => candidate.words[0].text === "maps");
+  return line && line.words.length > 1 ? line.words.slice(1).map((word) => word.text) : null;
+}
