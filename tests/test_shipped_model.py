@@ -1,0 +1,75 @@
+"""The model that ships: complete, small enough, and it listens to its prompt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from star_core import Options, load
+from star_core.star import SHIPPED
+
+MEGABYTES = 40
+
+
+@pytest.fixture(scope="module")
+def star():
+    return load()
+
+
+def test_all_files_together_stay_within_the_limit():
+    size = sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file())
+    assert size <= MEGABYTES * 1e6
+
+
+def test_it_is_a_whole_star_with_a_causal_sampler_and_independent_cross_attention(star):
+    assert star.causal_sampler is not None
+    assert star.config.transformer.cross_attention == "independent"
+    assert star.config.resolution == (64, 64)
+
+
+def dominance(pictures, channel):
+    """Return how far a colour channel stands above the mean of the others, averaged over the pictures."""
+    others = [c for c in range(3) if c != channel]
+    return float((pictures[:, channel] - pictures[:, others].mean(dim=1)).mean())
+
+
+def test_colours_follow_the_prompt(star):
+    # Eight seeds each: chance would have to colour sixteen pictures the right way round.
+    red = star.draw(["red heart"], options=Options(seed=5, count=8))
+    blue = star.draw(["blue circle"], options=Options(seed=5, count=8))
+    assert dominance(red, 0) > dominance(blue, 0) + 0.1
+    assert dominance(blue, 2) > dominance(red, 2) + 0.1
+
+
+def test_another_prompt_changes_the_first_scales_and_synonyms_stay_near(star):
+    states = star.encode_text(["cat", "kitty", "car", "automobile"]).pooled
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(states[0], states[1], dim=0) > cosine(states[0], states[2], dim=0) + 0.1
+    assert cosine(states[2], states[3], dim=0) > cosine(states[1], states[3], dim=0) + 0.1
+
+
+@pytest.mark.parametrize("schedule", ["top-k", "smooth", "sampler", "demo-1024", None])
+def test_every_way_of_drawing_gives_a_picture_that_is_no_flat_colour(star, schedule):
+    pictures = star.draw(["a smiling face"], options=Options(seed=2, schedule=schedule))
+    assert pictures.shape == (1, 3, 64, 64)
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+    assert pictures.std() > 0.05
+
+
+def test_a_batch_of_prompts_equals_its_singles(star):
+    prompts = ["red heart", "tree", "cat face"]
+    together = [step.tokens for step in star.generate(prompts, options=Options(seed=3))]
+    for row, prompt in enumerate(prompts):
+        alone = [step.tokens for step in star.generate([prompt], options=Options(seed=3))]
+        for scale, tokens in enumerate(alone):
+            assert torch.equal(together[scale][row : row + 1], tokens)
+
+
+def test_a_picture_is_its_own_variation_where_all_its_scales_are_given(star):
+    steps = list(star.generate(["sun"], options=Options(seed=4)))
+    again = list(star.generate(["sun"], options=Options(seed=9, prefix=tuple(steps))))
+    assert torch.equal(again[-1].f_hat, steps[-1].f_hat)
+    varied = list(star.generate(["sun"], options=Options(seed=9, prefix=tuple(steps[:4]))))
+    assert torch.equal(varied[3].f_hat, steps[3].f_hat)
+    assert not torch.equal(varied[5].tokens, steps[5].tokens)
