@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from ..star_core.generate import Request, ScaleStep
 
+PREVIEWS = ["auto", "every scale", "off"]
+
 
 def draw(
     model: sockets.ModelHandle, request: Request, preview: str, node_id: str | None
@@ -23,6 +25,7 @@ def draw(
     from ..star_core.generate import generate
     from ..star_core.schedule import sides_text
 
+    previews = _Previews(model.vqvae.patcher.model, preview)
     known = _remembered(model.last, request)
     if len(known) == len(request.maps):
         return known
@@ -32,7 +35,6 @@ def draw(
     device = host.load(patchers, _memory(model, request))
     networks, vqvae = (patcher.model for patcher in patchers)
     progress = host.Progress(len(request.maps), node_id)
-    previews = _Previews(vqvae, preview)
     shortened = dataclasses.replace(request, prefix=known) if known else request
     run = generate(networks.transformer, networks.causal_sampler, vqvae.quantizer, shortened, device)
     try:
@@ -88,6 +90,8 @@ class _Previews:
     """Decides which scales are worth a picture, and makes it of the batch's first."""
 
     def __init__(self, vqvae: Any, choice: str) -> None:
+        if choice not in PREVIEWS:
+            raise ValueError(f"preview is one of {', '.join(PREVIEWS)}, not {choice!r}")
         self.vqvae = vqvae
         self.always = choice == "every scale"
         self.ever = self.always or (choice == "auto" and host.previews_wanted())

@@ -100,11 +100,13 @@ def transformer_dtype(precision: str, parameters: int) -> torch.dtype:
     import torch
 
     if precision != "auto":
-        dtype: torch.dtype = getattr(torch, precision)
-        return dtype
+        chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if precision not in chosen:
+            raise ValueError(f"precision is auto, {', '.join(chosen)}, not {precision!r}")
+        return chosen[precision]
     device = mm.get_torch_device()
     supported = [torch.bfloat16, torch.float16, torch.float32]
-    dtype = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported)
+    dtype: torch.dtype = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported)
     if dtype not in supported:
         return torch.float32
     # Weights and activations share a dtype here: where the device cannot compute in it, take the other.

@@ -139,9 +139,9 @@ class StarLoad(io.ComfyNode):
         from ..star_core.text_encoder import load_text_encoder
         from ..star_core.weights import TensorFile
 
-        files = _files(checkpoint, text_encoder, vqvae)
         name = preset_name(preset)
-        config = resolve_config(TensorFile(files.star), name)
+        config = resolve_config(TensorFile(checkpoint_path(checkpoint)), name)
+        files = _files(checkpoint, text_encoder, vqvae)
         layers = host.operations()
         dtype = host.transformer_dtype(precision, files.star.stat().st_size // 2)
         _, networks = load_networks(files.star, preset_name=name, operations=layers, dtype=dtype)

@@ -81,7 +81,7 @@ class StarSample(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preview",
-                    options=["auto", "every scale", "off"],
+                    options=drawing.PREVIEWS,
                     default="auto",
                     tooltip=(
                         "The picture so far on the node. auto follows ComfyUI's preview method (none shows"

@@ -241,3 +241,9 @@ def random_tokens(maps: Sequence[TokenMap], batch: int, seed: int) -> tuple[Tens
 @pytest.fixture(scope="session")
 def tokens() -> Callable[..., tuple[Tensor, ...]]:
     return random_tokens
+
+
+@pytest.fixture(scope="session")
+def weigh() -> Callable[[nn.Module, int], None]:
+    """Return what gives a module random weights that keep activations' size."""
+    return random_weights

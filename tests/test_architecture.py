@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "star_core"
+NODES = sorted((ROOT / "nodes").glob("*.py"))
 FILES = sorted(CORE.rglob("*.py"))
 ENGINE = sorted(CORE.glob("*.py"))
 
@@ -19,6 +21,12 @@ ALLOWED = {
     "config": set(),
     "schedule": {"config"},
     "presets": {"config", "schedule"},
+    "schedule_parts": {"config", "presets", "schedule"},
+    "memory": {"config"},
+    "tiles": {"vqvae"},
+    "prompts": {"generate", "text_encoder"},
+    "inpainting": {"config", "generate"},
+    "resume": {"generate", "schedule"},
     "rope": {"config"},
     "sampling": set(),
     "attention": {"rope"},
@@ -44,7 +52,7 @@ ALLOWED = {
 }
 """What the lower rooms may import of ours. Those above them (loading, the face, commands) may import any."""
 
-NO_TORCH = ("config", "schedule", "presets", "key_tables", "__init__", "__main__")
+NO_TORCH = ("config", "schedule", "schedule_parts", "presets", "memory", "key_tables", "__init__", "__main__")
 HOST = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server", "execution"}
 
 
@@ -122,6 +130,58 @@ def test_transformers_is_imported_lazily(path: Path):
 @pytest.mark.parametrize("name", NO_TORCH)
 def test_plain_data_and_the_command_line_do_not_import_torch(name: str):
     assert "torch" not in foreign(CORE / f"{name}.py", at_import=True)
+
+
+HEAVY = {"torch", "transformers", "safetensors", "PIL", "numpy", "einops"}
+
+
+def node_name(path: Path) -> str:
+    return path.name
+
+
+@pytest.mark.parametrize("path", NODES, ids=node_name)
+def test_only_the_host_file_reaches_into_comfyui(path: Path):
+    allowed = HOST if path.name == "host.py" else {"comfy_api"}
+    assert foreign(path) & HOST <= allowed
+
+
+@pytest.mark.parametrize("path", [ROOT / "__init__.py", *NODES], ids=node_name)
+def test_the_pack_imports_relatively_and_lightly(path: Path):
+    # ComfyUI loads the pack by path, under a name that may hold a hyphen; a slow or failing import of ours
+    # would slow or fail its start.
+    assert not foreign(path) & {"star_core", "nodes"}
+    assert not foreign(path, at_import=True) & (HEAVY | HOST - {"comfy_api"})
+    for node in statements(tree(path), at_import=True):
+        if isinstance(node, ast.ImportFrom) and node.level == 2:
+            pytest.fail(f"{path.name} imports the engine when it is imported: line {node.lineno}")
+
+
+LAYOUT = {"torch.cat", "torch.device"}
+"""What nodes may ask of torch: putting pictures together, naming a device."""
+
+
+@pytest.mark.parametrize("path", NODES, ids=node_name)
+def test_nodes_hold_no_tensor_maths(path: Path):
+    used = {name for name in called(path) if name.startswith(("torch.", "np.", "F."))}
+    assert used <= LAYOUT
+    products = [n for n in statements(tree(path)) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.MatMult)]
+    assert not products
+
+
+def test_a_node_s_class_is_its_id_and_the_manager_finds_it():
+    # ComfyUI-Manager reads sources: a class on io.ComfyNode with a literal node_id.
+    found = {}
+    for path in NODES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == [
+                "io.ComfyNode"
+            ]:
+                ids = re.findall(r"io\.Schema\(\s*node_id='(\w+)'", ast.unparse(node))
+                found[node.name] = ids
+                execute = next(f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "execute")
+                assert len(execute.body) <= 16, f"{node.name}.execute is no thin form"
+    assert len(found) == 10
+    assert all(ids == [name] for name, ids in found.items())
 
 
 def called(path: Path) -> set[str]:

@@ -55,6 +55,7 @@ def schedules(draw: st.DrawFn) -> ScaleSchedule:
         draw(st.floats(-100, 100)),
         draw(st.sampled_from(["official", "confidence", "masked"])),
         draw(st.sampled_from([None, maps])),
+        draw(st.booleans()),
     )
 
 

@@ -1,0 +1,127 @@
+"""While it runs: progress, previews, cancelling, reuse of scales, and memory that is given back."""
+
+from __future__ import annotations
+
+import pytest
+
+SCALES, DEPTH = 6, 2
+SIDES = (1, 2, 3, 4, 6, 8)
+
+
+def progress(ran):
+    return [text for node, text in ran.texts if node == "sample"]
+
+
+def test_every_scale_says_its_number_and_its_side(comfy, prompt):
+    ran = comfy.run(prompt(seed=100))
+    assert progress(ran) == [f"scale {i + 1}/6 · {side}x{side}" for i, side in enumerate(SIDES)]
+
+
+@pytest.mark.parametrize(
+    ("preview", "method", "shown"),
+    [("every scale", "none", SCALES), ("off", "auto", 0), ("auto", "none", 0)],
+)
+def test_previews_follow_the_choice_and_comfyui_s_own(comfy, prompt, preview, method, shown):
+    seed = 200 + shown + len(preview) + len(method)
+    ran = comfy.run(prompt(seed=seed, preview=preview), preview_method=method)
+    pictures = [size for _, _, size in ran.previews if size]
+    assert pictures == [[64, 64]] * shown
+    assert ran.previews[-1][:2] == [SCALES, SCALES]
+
+
+def test_auto_shows_the_first_scale_where_comfyui_previews(comfy, prompt):
+    ran = comfy.run(prompt(seed=250, preview="auto"), preview_method="latent2rgb")
+    assert [size for _, _, size in ran.previews if size][0] == [64, 64]
+
+
+@pytest.mark.parametrize("block", [1, 4, 11])
+def test_cancel_acts_at_the_next_block_and_the_next_prompt_works(comfy, prompt, block):
+    whole = comfy.run(prompt(seed=299)).tokens()
+    comfy.run(prompt(seed=1))
+    ran = comfy.run(prompt(seed=299), faults={"interrupt_at_block": block}, inspect=True)
+    assert ran.interrupted
+    assert not ran.ok
+    # The check is made before a block: of the twelve, only the one in which Cancel was pressed ends.
+    assert ran.count["blocks"] == block
+    assert ran.hooks == 0
+    again = comfy.run(prompt(seed=299), inspect=True)
+    assert again.tokens() == whole
+    assert again.caches == 0
+
+
+@pytest.mark.parametrize(("fault", "seed"), [("oom_at_block", 300), ("error_at_block", 301)])
+def test_an_error_reaches_the_user_and_the_next_prompt_works(comfy, prompt, fault, seed):
+    ran = comfy.run(prompt(seed=seed), faults={fault: 7}, inspect=True)
+    assert not ran.ok
+    assert ran.error_node == "sample"
+    assert "made up" in ran.error
+    assert ran.hooks == 0
+    again = comfy.run(prompt(seed=seed), inspect=True)
+    assert len(again.tokens()) == SCALES
+    assert again.caches == 0
+
+
+def test_only_late_scales_are_drawn_again_and_the_result_is_that_of_a_whole_run(comfy, prompt):
+    graph = prompt(seed=400).add("schedule", "StarScaleSchedule", schedule="top_k 20*6")
+    graph = graph.change("sample", schedule=["schedule", 0])
+    late = graph.change("schedule", schedule="top_k 20*4 3*2")
+    first = comfy.run(graph)
+    assert first.count["drawn"] == SCALES
+    resumed = comfy.run(late)
+    assert resumed.count["drawn"] == 2
+    comfy.run(prompt(seed=401))
+    whole = comfy.run(late)
+    assert whole.count["drawn"] == SCALES
+    assert resumed.tokens() == whole.tokens()
+    assert resumed.tokens()[:4] == first.tokens()[:4]
+    assert resumed.tokens()[4:] != first.tokens()[4:]
+
+
+def test_a_late_prompt_draws_late_scales_alone(comfy, prompt):
+    graph = prompt(seed=410).add("other", "StarCLIPEncode", text_encoder=["load", 1], text="a blue rocket")
+    graph.add("both", "StarPromptFromScale", conditioning=["text", 0], later=["other", 0], start_scale=5)
+    graph = graph.change("sample", positive=["both", 0])
+    assert comfy.run(graph).count["drawn"] == SCALES
+    assert comfy.run(graph.change("other", text="a green tree")).count["drawn"] == 2
+
+
+def test_a_cancelled_run_goes_on_where_it_stopped(comfy, prompt):
+    comfy.run(prompt(seed=1))
+    ran = comfy.run(prompt(seed=420), faults={"interrupt_at_block": 9})
+    assert ran.interrupted
+    assert comfy.run(prompt(seed=420)).count["drawn"] == 2
+
+
+def test_another_seed_takes_nothing_over(comfy, prompt):
+    comfy.run(prompt(seed=430))
+    assert comfy.run(prompt(seed=431)).count["drawn"] == SCALES
+
+
+def test_decoding_falls_back_to_smaller_pieces_with_a_warning(comfy, prompt):
+    graph = prompt(seed=500, batch_size=2)
+    graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0]).probe("decode", name="image")
+    whole = comfy.run(graph).array("image")
+    graph = graph.change("sample", seed=1)
+    comfy.run(graph)
+    graph = graph.change("sample", seed=500)
+    ran = comfy.run(graph, faults={"largest_batch": 1})
+    assert abs(ran.array("image") - whole).max() < 1e-4
+    assert ["decode", "⚠ out of memory decoding whole: trying one by one"] in ran.texts
+
+
+def test_where_even_a_tile_does_not_fit_the_error_is_the_user_s(comfy, prompt):
+    graph = prompt(seed=510)
+    graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0]).probe("decode", name="image")
+    ran = comfy.run(graph, faults={"largest_side": 1})
+    assert not ran.ok
+    assert ran.error_node == "decode"
+    assert ran.count["decoded"] == 3
+
+
+def test_free_really_frees(comfy, prompt):
+    comfy.run(prompt(seed=600))
+    freed = comfy.ask("free")
+    assert freed["before"] >= 1
+    assert freed["after"] == 0
+    assert freed["loaded"] == 0
+    assert len(comfy.run(prompt(seed=601)).tokens()) == SCALES
