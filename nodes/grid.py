@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+log = logging.getLogger(__name__)
+
+WIDE_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "msyh.ttc",
+    "YuGothM.ttc",
+    "Hiragino Sans GB.ttc",
+    "Arial Unicode.ttf",
+    "DejaVuSans.ttf",
+    "arial.ttf",
+)
 GAP = 8
 LINE = 1.4
 """Height of a line of text relative to its size."""
@@ -67,11 +80,11 @@ class StarLabelledGrid(io.ComfyNode):
 def lay_out(pictures: list[Image], labels: list[str], columns: int) -> Image:
     """Return pictures of one size in rows on white, each label under its picture."""
     import PIL.Image
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw
 
     width, height = pictures[0].size
     size = max(11, min(28, width // 14))
-    font = ImageFont.load_default(size)
+    font = _font("".join(labels), size)
     broken = [_broken(label, font, width) for label in labels]
     band = math.ceil(max(len(lines) for lines in broken) * size * LINE)
     columns = min(columns, len(pictures))
@@ -85,6 +98,18 @@ def lay_out(pictures: list[Image], labels: list[str], columns: int) -> Image:
         for line, text in enumerate(lines):
             draw.text((left, top + height + line * size * LINE), text, fill="black", font=font)
     return whole
+
+
+def _font(text: str, size: int) -> object:
+    """Return PIL's own font, or for letters that it lacks a system's, where one of the usual ones is there."""
+    from PIL import ImageFont
+
+    for name in () if text.isascii() else WIDE_FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    if not text.isascii():
+        log.warning("Labelled Grid: no font for these labels among %s", ", ".join(WIDE_FONTS))
+    return ImageFont.load_default(size)
 
 
 def _broken(label: str, font: object, width: int) -> list[str]:

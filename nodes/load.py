@@ -177,7 +177,9 @@ def _files(checkpoint: str, text_encoder: str, vqvae: str) -> Any:
     try:
         return find_files(star, vqvae=codec, text_encoder=text)
     except ValueError as error:
-        raise ValueError(f"{error}. Load STAR finds it there when its input says automatic") from error
+        raise ValueError(
+            f"{error} (in Load STAR: put it beside the checkpoint for automatic, or choose another file)"
+        ) from error
 
 
 def _converted(path: Path) -> Path:

@@ -316,11 +316,35 @@ def answer(request):
     return getattr(part("nodes.answers"), request["name"])(request["query"])
 
 
+def build_lazily(_):
+    """Load a checkpoint as where ComfyUI's dynamic memory lets layers begin without weights."""
+    memory = sys.modules.get("comfy.memory_management")
+    before = getattr(memory, "aimdo_enabled", None)
+    if memory is not None:
+        memory.aimdo_enabled = True
+    try:
+        load = part("star_core.checkpoint").load_networks
+        _, networks = load(
+            Path(MODELS) / "tiny" / "star.safetensors", operations=part("nodes.host").operations()
+        )
+    finally:
+        if memory is not None:
+            memory.aimdo_enabled = before
+    return {"parameters": sum(1 for _ in networks.parameters())}
+
+
 def version(_):
     return {"version": comfyui_version.__version__}
 
 
-DEEDS = {"run": run, "object_info": object_info, "free": free, "answer": answer, "version": version}
+DEEDS = {
+    "run": run,
+    "object_info": object_info,
+    "free": free,
+    "answer": answer,
+    "build_lazily": build_lazily,
+    "version": version,
+}
 
 for line in sys.stdin:
     asked = json.loads(line)

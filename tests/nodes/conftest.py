@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[2]
 SIDES = (1, 2, 3, 4, 6, 8)
 SCHEDULE = "guidance ramp 1; temperature 2"
 """Hot, so that two seeds never draw the same map: random weights are sure of themselves for no reason."""
+NARROW = 64
+"""Width of the text states of the checkpoint `narrow`."""
 MISSING = "no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON) to run the tests of the nodes inside it"
 
 
@@ -183,7 +185,7 @@ def empty_prompt() -> Callable[[], Prompt]:
     return Prompt
 
 
-def tiny_config(*, sampler: bool) -> StarConfig:
+def tiny_config(*, sampler: bool, text_width: int = 128) -> StarConfig:
     return StarConfig(
         name="tiny",
         transformer=TransformerConfig(
@@ -191,7 +193,7 @@ def tiny_config(*, sampler: bool) -> StarConfig:
             width=64,
             heads=2,
             scales=len(SIDES),
-            text_width=128,
+            text_width=text_width,
             codebook_size=64,
             code_width=8,
             cross_attention="independent",
@@ -212,10 +214,10 @@ def tiny_config(*, sampler: bool) -> StarConfig:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, weigh: Callable[..., None]) -> Path:
-    """A folder models/star with a tiny checkpoint with and one without a causal sampler."""
+    """A folder models/star with tiny checkpoints: one without a causal sampler, one of narrow text states."""
     place = tmp_path_factory.mktemp("star")
-    for name, sampler in (("tiny", True), ("plain", False)):
-        config = tiny_config(sampler=sampler)
+    for name, sampler, text_width in (("tiny", True, 128), ("plain", False, 128), ("narrow", False, NARROW)):
+        config = tiny_config(sampler=sampler, text_width=text_width)
         networks, vqvae = Networks(config.transformer), VQVAE(config.vqvae)
         weigh(networks, 1)
         weigh(vqvae, 2)
@@ -223,7 +225,18 @@ def models(tmp_path_factory: pytest.TempPathFactory, weigh: Callable[..., None])
         save_vqvae(place / name / "vqvae.safetensors", vqvae)
         for folder in ("text_encoder", "tokenizer"):
             shutil.copytree(SHIPPED / folder, place / name / folder)
+    write_narrow_text_encoder(place / "narrow" / "text_encoder")
     return place
+
+
+def write_narrow_text_encoder(folder: Path) -> None:
+    """Write a CLIP text model of another width over the one in a folder."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings |= {"hidden_size": NARROW, "intermediate_size": NARROW, "num_hidden_layers": 1}
+    settings["num_attention_heads"] = 1
+    CLIPTextModel(CLIPTextConfig(**settings)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

@@ -194,3 +194,12 @@ def test_a_grid_lays_pictures_out_with_a_label_under_each(comfy, empty_prompt):
     assert under.min() < 0.5, "the first label is not there"
     bare = comfy.run(graph.change("grid", labels="")).array()
     assert (bare[0].sum(-1) < 0.5).sum() == 0, "there is text without a label"
+
+
+def test_labels_of_any_script_are_drawn(comfy, empty_prompt):
+    white = np.ones((2, 64, 64, 3))
+    graph = empty_prompt().add("image", "TestSource", path=comfy.array(white, "white"))
+    graph.add("grid", "StarLabelledGrid", images=["image", 0], labels="größe\n尺度", columns=2)
+    grid = comfy.run(graph.probe("grid")).array()
+    assert (grid[0, :, :72].sum(-1) < 1).sum() > 10
+    assert (grid[0, :, 80:].sum(-1) < 1).sum() > 10

@@ -174,6 +174,34 @@ def test_core_s_conditioning_is_refused_and_ours_is_named(comfy, prompt):
     refused(comfy.run(graph.change("sample", positive=["core", 0])), "CLIP Text Encode", "CLIP Encode (STAR)")
 
 
+def test_a_text_encoder_of_another_width_is_refused_where_it_is_loaded(comfy, prompt):
+    graph = prompt().change("load", text_encoder="narrow/text_encoder/model.safetensors")
+    refused(comfy.run(graph), "width 128", "gives 64", "trained with")
+
+
+def test_a_prompt_of_another_model_s_encoder_is_refused(comfy, prompt):
+    graph = prompt().add("other", "StarLoad", checkpoint="narrow/star.safetensors")
+    assert (
+        len(
+            comfy.run(
+                graph.change("text", text_encoder=["other", 1]).change("sample", model=["other", 0])
+            ).tokens()
+        )
+        == 6
+    )
+    refused(comfy.run(graph.change("text", text_encoder=["other", 1])), "positive", "width 128", "have 64")
+    graph.add("no", "StarCLIPEncode", text_encoder=["other", 1], text="blue")
+    refused(comfy.run(graph.change("sample", negative=["no", 0])), "negative", "width 128", "have 64")
+
+
+@pytest.mark.parametrize("part", ["vqvae.safetensors", "text_encoder"])
+def test_a_checkpoint_alone_says_what_is_missing_beside_it(comfy, prompt, models, part):
+    place = models / f"alone-{part}"
+    shutil.copytree(models / "tiny", place)
+    shutil.rmtree(place / part) if (place / part).is_dir() else (place / part).unlink()
+    refused(comfy.run(prompt().change("load", checkpoint=f"{place.name}/star.safetensors")), str(place))
+
+
 def test_a_mask_or_a_start_scale_without_start_tokens_is_refused(comfy, prompt):
     refused(comfy.run(prompt(start_scale=2)), "start_scale is 2", "VQ Encode")
     graph = prompt().add("mask", "TestSource", path=comfy.array(np.ones((1, 64, 64)), "white"))

@@ -118,6 +118,14 @@ def test_where_even_a_tile_does_not_fit_the_error_is_the_user_s(comfy, prompt):
     assert ran.count["decoded"] == 3
 
 
+def test_dynamic_memory_s_layers_are_filled_like_any_others(comfy, models):
+    # Layers of newer versions begin as nothing where ComfyUI streams weights; then a strict load knows no name.
+    from star_core.checkpoint import load_networks
+
+    _, networks = load_networks(models / "tiny" / "star.safetensors")
+    assert comfy.ask("build_lazily")["parameters"] == sum(1 for _ in networks.parameters())
+
+
 def test_free_really_frees(comfy, prompt):
     comfy.run(prompt(seed=600))
     freed = comfy.ask("free")
