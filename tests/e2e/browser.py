@@ -86,8 +86,12 @@ class ComfyPage:
     def add_by_search(self, title: str, kind: str, x: int, y: int) -> int:
         """Double-click the empty canvas, type a name, press Enter."""
         before = self.nodes(kind)
+        self.page.mouse.move(x, y)
+        self.settle()
         self.page.mouse.dblclick(x, y)
-        self.page.wait_for_function("document.activeElement?.tagName === 'INPUT'", timeout=10_000)
+        if not self._search_is_open():  # a busy frontend may take the two clicks for one
+            self.page.mouse.dblclick(x, y)
+            assert self._search_is_open(), "a double click on the empty canvas opens no search"
         self.page.keyboard.type(title)
         self.settle(1200)
         self.page.keyboard.press("Enter")
@@ -101,13 +105,21 @@ class ComfyPage:
         (added,) = set(self.nodes(kind)) - set(before)
         return added
 
+    def _search_is_open(self) -> bool:
+        for _ in range(20):
+            if self.page.evaluate("document.activeElement?.tagName === 'INPUT'"):
+                return True
+            self.settle(200)
+        return False
+
     def add(self, kind: str, x: float, y: float, **values: object) -> int:
         """Put a node on the canvas by the graph's own means, for tests about something else."""
         made = self.page.evaluate(
             """([kind, x, y, values]) => { const node = LiteGraph.createNode(kind); node.pos = [x, y];
             app.canvas.emitBeforeChange();
             app.canvas.graph.add(node);
-            for (const widget of node.widgets) if (widget.name in values) widget.value = values[widget.name];
+            for (const widget of node.widgets ?? [])
+                if (widget.name in values) widget.value = values[widget.name];
             app.canvas.emitAfterChange();
             return Number(node.id); }""",
             [kind, x, y, values],
@@ -119,7 +131,8 @@ class ComfyPage:
         self.page.evaluate(
             """([origin, output, target, name]) => {
             const [from, to] = [origin, target].map((id) => app.canvas.graph.getNodeById(id));
-            from.connect(from.outputs.findIndex((s) => s.name === output || s.label === output), to, name); }""",
+            const slot = from.outputs.findIndex((s) => s.name === output || s.label === output);
+            from.connect(slot, to, name); }""",
             [origin, output, target, name],
         )
         self.settle(300)
@@ -161,9 +174,10 @@ class ComfyPage:
         self.settle()
 
     def editor(self, node: int) -> Locator:
-        """Return the editor of one node, as it stands in the page."""
+        """Return the editor of one node: the one of the node that is in the graph now, seen in the page."""
         self.page.evaluate(
             """(id) => { const node = app.canvas.graph.getNodeById(id);
+            for (const other of document.querySelectorAll("[data-test-node]")) delete other.dataset.testNode;
             node.widgets.find((w) => w.name === "schedule_bars").element.dataset.testNode = String(id); }""",
             node,
         )
@@ -195,6 +209,17 @@ class ComfyPage:
         self.page.mouse.up()
         if hold:
             self.page.keyboard.up(hold)
+        self.settle()
+
+    def click_title(self, node: int) -> None:
+        at = self.page.evaluate(
+            """(id) => { const { pos } = app.canvas.graph.getNodeById(id);
+            const { left, top } = app.canvas.canvas.getBoundingClientRect();
+            const { scale, offset } = app.canvas.ds;
+            return [left + (pos[0] + 200 + offset[0]) * scale, top + (pos[1] - 15 + offset[1]) * scale]; }""",
+            node,
+        )
+        self.page.mouse.click(*at)
         self.settle()
 
     def press(self, keys: str) -> None:

@@ -98,9 +98,10 @@ def tab(
 
 
 @pytest.fixture
-def comfy(tab: ComfyPage) -> Iterator[ComfyPage]:
-    """The tab with an empty canvas; afterwards, nothing of the pack may have thrown."""
+def comfy(tab: ComfyPage, request: pytest.FixtureRequest) -> Iterator[ComfyPage]:
+    """The tab with an empty canvas; afterwards a last screenshot, and nothing of the pack may have thrown."""
     tab.errors.clear()
     tab.start_empty()
     yield tab
+    tab.shot(f"end-of-{request.function.__name__}")
     assert not tab.pack_errors()

@@ -230,8 +230,7 @@ def test_fourteen_scales_are_readable(comfy: ComfyPage, schedule: int) -> None:
 def test_copies_are_independent(comfy: ComfyPage, schedule: int) -> None:
     comfy.drag_bar(schedule, "top_p", 0, 0.3)
     text = comfy.value(schedule, "schedule")
-    comfy.page.evaluate("(id) => app.canvas.selectNode(app.canvas.graph.getNodeById(id))", schedule)
-    comfy.page.evaluate("document.activeElement?.blur(); app.canvas.canvas.focus()")
+    comfy.click_title(schedule)
     comfy.page.mouse.move(1100, 300)
     comfy.press("Control+c")
     comfy.press("Control+v")

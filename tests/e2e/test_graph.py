@@ -45,15 +45,15 @@ class Graph:
 
 
 def build(comfy: ComfyPage) -> Graph:
-    """Add the nodes by search and drag the links between them."""
+    """Add the nodes by search and drag the links between them, away from the edges, where a drag scrolls."""
     comfy.look_at(0, 0, 0.7)
     graph = Graph(
-        load=comfy.add_by_search("Load STAR", "StarLoad", 160, 160),
-        encode=comfy.add_by_search("CLIP Encode (STAR)", "StarCLIPEncode", 160, 600),
-        schedule=comfy.add_by_search("Scale Schedule", "StarScaleSchedule", 560, 160),
-        sample=comfy.add_by_search("Scale-wise Sample", "StarSample", 960, 160),
-        decode=comfy.add_by_search("VQ Decode", "StarVQDecode", 1300, 160),
-        save=comfy.add_by_search("Save Image", "SaveImage", 1300, 500),
+        load=comfy.add_by_search("Load STAR", "StarLoad", 360, 160),
+        encode=comfy.add_by_search("CLIP Encode (STAR)", "StarCLIPEncode", 360, 600),
+        schedule=comfy.add_by_search("Scale Schedule", "StarScaleSchedule", 740, 160),
+        sample=comfy.add_by_search("Scale-wise Sample", "StarSample", 1140, 160),
+        decode=comfy.add_by_search("VQ Decode", "StarVQDecode", 1400, 160),
+        save=comfy.add_by_search("Save Image", "SaveImage", 1400, 460),
     )
     for origin, output, target, name in (
         (graph.load, "model", graph.schedule, "model"),
@@ -66,8 +66,6 @@ def build(comfy: ComfyPage) -> Graph:
         (graph.decode, "image", graph.save, "images"),
     ):
         comfy.drag_link(origin, output, target, name)
-    # The tiny model of these tests stands in for the one a user has.
-    comfy.write(graph.load, "checkpoint", "tiny.safetensors")
     comfy.write(graph.encode, "text", PROMPT)
     comfy.write(graph.save, "filename_prefix", "star_e2e")
     return graph

@@ -9,8 +9,8 @@ import { addStyle } from "./style.js";
 
 const WIDGET = "schedule_bars";
 const MARGIN = 6;
-const WIDTH = 460;
-const TEXT_HEIGHT = 70;
+const WIDTH = 480;
+const TEXT_HEIGHT = 100;
 
 async function ask(route) {
   const response = await api.fetchApi(route);
@@ -92,6 +92,22 @@ function handToCanvas(root) {
   }
 }
 
+// The canvas does not take the focus when it is clicked: keys would go on to a bar, and Ctrl+C copy nothing.
+function letGoOutside(root) {
+  const outside = (event) => {
+    if (!root.contains(event.target)) document.activeElement?.blur();
+  };
+  root.addEventListener("focusin", () => document.addEventListener("pointerdown", outside, true));
+  root.addEventListener("focusout", () => document.removeEventListener("pointerdown", outside, true));
+}
+
+// Nodes 2.0 keeps what it has mounted when undo or another workflow brings a new node with the same id: on the
+// screen would stand the editor of a node that is gone.
+function takePlace(node, root) {
+  if (root.isConnected || node.graph !== app.canvas?.graph) return;
+  document.querySelector(`[data-node-id="${node.id}"] .star-editor`)?.replaceWith(root);
+}
+
 /** Call `after` whenever a function of an object has been called. */
 function follow(object, name, after) {
   const before = object[name];
@@ -138,14 +154,17 @@ function addEditor(node, part) {
     // Links are made or gone only after these calls, and a graph that loads makes many of them.
     clearTimeout(waiting);
     waiting = setTimeout(() => {
+      takePlace(node, editor.root);
       redraw();
       editor.askModel();
     }, 50);
+    setTimeout(() => takePlace(node, editor.root), 400);
   };
   follow(node, "onConfigure", lookUpstream);
   follow(node, "onConnectionsChange", lookUpstream);
   new ResizeObserver(redraw).observe(editor.root);
   handToCanvas(editor.root);
+  letGoOutside(editor.root);
   const smallest = node.computeSize();
   node.setSize([Math.max(WIDTH, smallest[0]), smallest[1] + TEXT_HEIGHT]);
 }

@@ -14,11 +14,12 @@ const SHEET = `
   cursor: pointer; text-overflow: ellipsis; white-space: nowrap; overflow: hidden; }
 .star-editor button:hover, .star-editor select:hover { border-color: var(--star-soft); }
 .star-editor :focus-visible { outline: 2px solid #4f8ff7; outline-offset: -1px; }
+.star-editor .star-bar-tools > button, .star-editor .star-bar-tools > select { flex: none; }
 .star-said { margin-left: auto; color: var(--star-soft); font-variant-numeric: tabular-nums; overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; text-align: right; }
-.star-rows { display: flex; flex-direction: column; gap: 4px; flex: none; }
-.star-row { height: 90px; display: flex; flex-direction: column; padding: 4px 6px 2px; border-radius: 6px;
-  background: var(--star-field); flex: none; }
+.star-rows { display: flex; flex-direction: column; gap: 4px; flex: 1 0 auto; }
+.star-row { min-height: 90px; display: flex; flex-direction: column; padding: 4px 6px 2px; border-radius: 6px;
+  background: var(--star-field); flex: 1 0 0; }
 .star-row-name { height: 14px; line-height: 14px; font-weight: 600; color: var(--star-colour); display: flex;
   justify-content: space-between; gap: 6px; }
 @supports (color: color-mix(in srgb, red, blue)) {
