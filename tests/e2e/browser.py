@@ -100,9 +100,10 @@ class ComfyPage:
             arg=[kind, len(before)],
         )
         self.settle()
-        self.page.mouse.click(x, y)  # Nodes 2.0 lets a new node hang on the pointer until a click
-        self.settle()
         (added,) = set(self.nodes(kind)) - set(before)
+        if self.page.evaluate("(id) => Boolean(app.canvas.graph.getNodeById(id).flags.ghost)", added):
+            self.page.mouse.click(x, y)  # newer frontends let a new node hang on the pointer until a click
+            self.settle()
         return added
 
     def _search_is_open(self) -> bool:

@@ -102,6 +102,7 @@ def test_the_keyboard_reaches_every_bar(comfy: ComfyPage, schedule: int) -> None
     }.items():
         comfy.press(keys)
         assert line(comfy.value(schedule, "schedule"), "top_p") == expected, keys
+    assert comfy.page.evaluate("app.extensionManager.shiftDown") is False, "the frontend saw Shift go up"
     comfy.press("Delete")
     assert comfy.nodes("StarScaleSchedule") == [schedule], "Delete on a bar leaves the node alone"
     comfy.page.keyboard.press("Tab")

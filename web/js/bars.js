@@ -73,10 +73,8 @@ export class BarRow {
       this.type(scale);
     });
     slider.addEventListener("keydown", (event) => this.key(event, scale));
-    slider.addEventListener("keyup", (event) => {
-      event.stopPropagation();
-      this.finish();
-    });
+    // Not stopped: ComfyUI would think that Shift is still held.
+    slider.addEventListener("keyup", () => this.finish());
     slider.addEventListener("blur", () => this.finish());
     slider.addEventListener("focus", () => this.report.point(scale));
     slider.addEventListener("pointerenter", () => this.report.point(scale));
@@ -196,7 +194,7 @@ export class BarRow {
         this.sliders[scale + (event.shiftKey ? -1 : 1)]?.focus({ preventScroll: true });
       }
     });
-    for (const name of ["pointerdown", "pointermove", "pointerup", "mousedown", "dblclick", "keyup"]) {
+    for (const name of ["pointerdown", "pointermove", "pointerup", "mousedown", "dblclick"]) {
       field.addEventListener(name, (event) => event.stopPropagation());
     }
     field.addEventListener("blur", () => close(true));
