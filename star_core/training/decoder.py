@@ -20,6 +20,7 @@ from ..checkpoint import load_vqvae
 from ..config import square_maps
 from ..evaluation.lpips import load_lpips
 from ..vqvae import VQVAE
+from .discriminator import PatchDiscriminator, balance, convincing_loss, judging_loss
 from .emoji import EmojiSet
 from .lessons import encode_all, run_folder_file
 from .packages import asset_path
@@ -33,9 +34,11 @@ from .run import (
     set_rate,
     shuffled_batches,
 )
-from .tokenizer import LPIPS_WEIGHT, export, psnr
+from .tokenizer import add_perceptual_argument, export, psnr
 
 log = logging.getLogger(__name__)
+
+JUDGE_RATE = 5e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--tokenizer-run", type=Path, required=True)
+    add_perceptual_argument(parser)
+    parser.add_argument(
+        "--adversarial", type=float, default=0.0, help="weight of a patch discriminator's loss, 0 for none"
+    )
 
 
 def drawn(
@@ -64,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    torch.default_generator.manual_seed(args.seed)  # a training command owns its process
     vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
     data = EmojiSet.load(args.data, args.size)
     maps = square_maps(args.sides)
@@ -72,15 +80,20 @@ def run(args: argparse.Namespace) -> None:
     trained = [*vqvae.decoder.parameters(), *vqvae.post_quant_conv.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
+    last_layer = vqvae.decoder.conv_out.weight
     vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
     optimizer = torch.optim.AdamW(trained, args.rate, betas=(0.9, 0.95), weight_decay=0.01)
     average = Average(vqvae, 0.995)
+    judge = PatchDiscriminator().to(device)
+    judge_optimizer = torch.optim.AdamW(judge.parameters(), JUDGE_RATE, betas=(0.5, 0.9))
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
         vqvae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.state, average.steps = state["average"], checkpoint.step
+        judge.load_state_dict(state["judge"])
+        judge_optimizer.load_state_dict(state["judge_optimizer"])
     train, held_out = data.indices("train"), data.indices("pairs")[:128]
     for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
         step = checkpoint.step
@@ -94,22 +107,34 @@ def run(args: argparse.Namespace) -> None:
         few = max(1, len(real) // 3)
         with precision(args):
             distance = perceptual(made[:few].clamp(-1, 1), real[:few]).float().mean()
-        loss = pixel + LPIPS_WEIGHT * distance
+        loss = pixel + args.perceptual * distance
+        if args.adversarial:
+            with precision(args):
+                convincing = convincing_loss(judge(made))
+            loss = loss + args.adversarial * balance(loss, convincing, last_layer) * convincing
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 2.0)
         optimizer.step()
         average.update(vqvae)
+        judged = (
+            judge_step(judge, judge_optimizer, real, made.detach(), precision(args))
+            if args.adversarial
+            else 0.0
+        )
         checkpoint.step += 1
         if step % 20 == 0:
             seconds = checkpoint.total_seconds()
-            log.info("step %d %.0f s l1 %.4f lpips %.4f", step, seconds, pixel.item(), distance.item())
+            shown = (pixel.item(), distance.item(), judged)
+            log.info("step %d %.0f s l1 %.4f lpips %.4f judge %.3f", step, seconds, *shown)
         if checkpoint.step % args.save_every == 0 or checkpoint.step == args.steps:
             checkpoint.save(
                 {
                     "model": vqvae.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "average": average.state,
+                    "judge": judge.state_dict(),
+                    "judge_optimizer": judge_optimizer.state_dict(),
                 }
             )
             export(average, vqvae.config, args.run)
@@ -118,6 +143,22 @@ def run(args: argparse.Namespace) -> None:
                 checkpoint.step,
                 held_out_psnr(average, vqvae, tokens, data, held_out, args.sides),
             )
+
+
+def judge_step(
+    judge: PatchDiscriminator,
+    optimizer: torch.optim.Optimizer,
+    real: Tensor,
+    made: Tensor,
+    autocast: AbstractContextManager[Any],
+) -> float:
+    """Teach the discriminator one batch of real and drawn pictures (B, 3, H, W); return its loss."""
+    with autocast:
+        loss = judging_loss(judge(real), judge(made))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 @torch.no_grad()

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 RESEED_EVERY = 100
 RESEED_UNTIL = 0.7
-LPIPS_WEIGHT = 0.3
 QUANTIZER_WEIGHT = 0.5
 
 
@@ -48,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm-groups", type=int, default=8)
     parser.add_argument("--codebook", type=int, default=1024)
     parser.add_argument("--code-width", type=int, default=32)
+    add_perceptual_argument(parser)
+
+
+def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the weight of LPIPS beside the L1 distance."""
+    parser.add_argument("--perceptual", type=float, default=0.3, help="weight of LPIPS beside the L1 distance")
 
 
 class Tokenizer:
@@ -59,6 +64,7 @@ class Tokenizer:
         maps: tuple[TokenMap, ...],
         perceptual: nn.Module,
         autocast: torch.autocast,
+        perceptual_weight: float,
     ) -> None:
         self.vqvae = VQVAE(config)
         # mypy knows no overload of Module.to for memory formats.
@@ -67,6 +73,7 @@ class Tokenizer:
         self.maps = maps
         self.perceptual = perceptual
         self.autocast = autocast
+        self.perceptual_weight = perceptual_weight
         self.uses = torch.zeros(config.codebook_size)
 
     def loss(self, pictures: Tensor, *, perceptual: bool) -> tuple[Tensor, dict[str, float]]:
@@ -84,7 +91,7 @@ class Tokenizer:
             few = max(1, pictures.shape[0] // 3)
             with self.autocast:
                 distance = self.perceptual(drawn[:few].clamp(-1, 1), pictures[:few]).float().mean()
-            loss = loss + LPIPS_WEIGHT * distance
+            loss = loss + self.perceptual_weight * distance
             parts["lpips"] = distance.item()
         self._count(quantized)
         return loss, parts
@@ -138,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
     data = EmojiSet.load(args.data, args.size)
     train, held_out = data.indices("train"), data.indices("pairs")[:128]
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
-    trainer = Tokenizer(config, maps, perceptual, precision(args))
+    trainer = Tokenizer(config, maps, perceptual, precision(args), args.perceptual)
     trainer.vqvae.to(device)
     optimizer = torch.optim.AdamW(trainer.vqvae.parameters(), args.rate, betas=(0.9, 0.95), weight_decay=0.01)
     average = Average(trainer.vqvae, 0.998)

@@ -181,6 +181,21 @@ def test_the_decoder_stage_moves_the_decoder_alone(data, tokenizer_run, tmp_path
     assert changed == {"decoder", "post_quant_conv"}
 
 
+def test_a_killed_decoder_run_with_a_discriminator_ends_as_an_unbroken_one(data, tokenizer_run, tmp_path):
+    options = ["--tokenizer-run", str(tokenizer_run), *SIDES, "--adversarial", "0.5"]
+    whole = train(decoder, tmp_path / "whole", data, *options)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(decoder, 3, patch)
+        with pytest.raises(Killed):
+            train(decoder, tmp_path / "killed", data, *options)
+    killed = train(decoder, tmp_path / "killed", data, *options)
+    assert_same_file(killed / "vqvae.safetensors", whole / "vqvae.safetensors")
+    without = train(decoder, tmp_path / "without", data, *options[:-2])
+    ours, theirs = (TensorFile(run / "vqvae.safetensors") for run in (whole, without))
+    changed = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
+
+
 def test_a_stage_names_the_one_that_must_run_first(data, tmp_path):
     with pytest.raises(ValueError, match="run the training stage that writes it first"):
         train(transformer, tmp_path, data, *transformer_options(tmp_path / "nothing"))
