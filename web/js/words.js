@@ -20,7 +20,7 @@ const WORDS = {
   },
   zh: {
     presets: "预设…",
-    presetsTip: "把官方发布的日程写入文本，并适配当前各尺度的边长",
+    presetsTip: "把官方发布的调度写入文本，并适配当前各尺度的边长",
     fill: "从模型读取边长",
     fillTip: "把所连接的 Load STAR 的各尺度边长写入文本",
     scale: "第 {0}/{1} 尺度 · 边长 {2}",
