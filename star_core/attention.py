@@ -59,18 +59,18 @@ class KVCache:
 class TextKeys(NamedTuple):
     """What one block's cross-attention reads of the text: keys and values (B, H, T, head_width).
 
-    `mask` (B, 1, 1, T) is True at real tokens; padding is masked in training and inference.
+    `mask` (B, 1, 1, T) is True at real tokens; padding is masked in training and inference. None: no padding.
     """
 
     keys: Tensor
     values: Tensor
-    mask: Tensor
+    mask: Tensor | None
 
 
-def _queries(x: Tensor, log_scale: Tensor) -> Tensor:
+def _queries(x: Tensor, log_scale: Tensor, dtype: torch.dtype) -> Tensor:
     # In float32: a bfloat16 logarithm would move a scale of 100 by a percent.
     scale = log_scale.to(x.device, torch.float32).clamp_max(MAX_LOG_SCALE).exp()
-    return (F.normalize(x, dim=-1) * scale).to(x.dtype)
+    return (F.normalize(x.float(), dim=-1) * scale).to(dtype)
 
 
 class SelfAttention(nn.Module):
@@ -98,8 +98,8 @@ class SelfAttention(nn.Module):
         q, v = q + self.q_bias.to(q), v + self.v_bias.to(v)
         q, k, v = (rearrange(t, "r l (h d) -> r h l d", h=self.heads) for t in (q, k, v))
         # The rotation keeps lengths, so that rotating first, as the official code does, is equal.
-        q = _queries(rotate(q, rotation), self.log_scale)
-        k = F.normalize(rotate(k, rotation), dim=-1)
+        q = _queries(rotate(q, rotation), self.log_scale, v.dtype)
+        k = F.normalize(rotate(k, rotation), dim=-1).to(v.dtype)
         if cache is not None:
             k, v = cache.extend(k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
@@ -120,18 +120,19 @@ class CrossAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), INITIAL_LOG_SCALE))
         self.proj = operations.Linear(width, width)
 
-    def text_keys(self, hidden: Tensor, mask: Tensor) -> TextKeys:
+    def text_keys(self, hidden: Tensor, mask: Tensor | None) -> TextKeys:
         """Return the keys and values of text states (B, T, D) with mask (B, T), True at real tokens."""
         k, v = self.kv(hidden).chunk(2, dim=-1)
         v = v + self.v_bias.to(v)
         k, v = (rearrange(t, "b t (h d) -> b h t d", h=self.heads) for t in (k, v))
-        return TextKeys(F.normalize(k, dim=-1), v, rearrange(mask, "b t -> b 1 1 t"))
+        spread = rearrange(mask, "b t -> b 1 1 t") if mask is not None else None
+        return TextKeys(F.normalize(k, dim=-1), v, spread)
 
     def forward(self, x: Tensor, text: TextKeys) -> Tensor:
         """Map (B, L, C) to (B, L, C)."""
         q = self.q(x)
         q = rearrange(q + self.q_bias.to(q), "b l (h d) -> b h l d", h=self.heads)
-        q = _queries(q, self.log_scale)
+        q = _queries(q, self.log_scale, q.dtype)
         mixed = F.scaled_dot_product_attention(q, text.keys, text.values, attn_mask=text.mask, scale=1.0)
         projected: Tensor = self.proj(rearrange(mixed, "b h l d -> b l (h d)"))
         return projected

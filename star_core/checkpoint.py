@@ -22,7 +22,7 @@ from .causal_sampler import CausalSampler
 from .config import PRESETS, StarConfig, TransformerConfig, VQVAEConfig, preset
 from .key_tables import STAR_KEYS, VQVAE_KEYS
 from .transformer import Transformer
-from .vqvae import VQVAE
+from .vqvae import LAYOUT, VQVAE
 from .weights import (
     METADATA_KEY,
     TensorFile,
@@ -170,7 +170,9 @@ def load_vqvae(
         )
     chosen = config or stored or VQVAEConfig()
     vqvae = build_on_meta(lambda: VQVAE(chosen, operations=operations))
-    return fill(vqvae, file, VQVAE_KEYS, source=str(path), dtype=dtype, device=device)
+    filled = fill(vqvae, file, VQVAE_KEYS, source=str(path), dtype=dtype, device=device)
+    filled.to(memory_format=LAYOUT)  # type: ignore[call-overload]  # missing in torch's annotations
+    return filled
 
 
 def stored_vqvae_config(file: TensorFile) -> VQVAEConfig | None:

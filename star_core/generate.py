@@ -158,9 +158,11 @@ class _Picture:
         self.pooled = torch.cat([text.pooled for text in rows]).to(self.device)
         if self.transformer.config.cross_attention == "paired":
             rows = rows[:1]
-        hidden = torch.cat([text.hidden for text in rows]).to(self.device)
-        mask = torch.cat([text.mask for text in rows]).to(self.device)
-        self.text_keys = self.transformer.text_keys(hidden, mask)
+        hidden, mask = _without_padding(
+            torch.cat([text.hidden for text in rows]), torch.cat([text.mask for text in rows])
+        )
+        mask = mask.to(self.device) if mask is not None else None
+        self.text_keys = self.transformer.text_keys(hidden.to(self.device), mask)
 
     def scale_rotation(self, scale: int) -> Rotation:
         return self.rotation.rows(self.offsets[scale], self.offsets[scale + 1])
@@ -186,6 +188,17 @@ class _Picture:
             return self.transformer.logits(features[:batch])
         logits = self.transformer.logits(features)
         return guide(logits[:batch], logits[batch:], strength)
+
+
+def _without_padding(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return text states (B, T, D) and mask (B, T) cut to the longest text, no mask where all are as long.
+
+    Nothing looks at padding: the same pictures, with a fifth of the keys for a short prompt, and the attention
+    kernels that take no mask.
+    """
+    longest = int(mask.any(dim=0).nonzero().max()) + 1
+    hidden, mask = hidden[:, :longest], mask[:, :longest]
+    return hidden, None if bool(mask.all()) else mask
 
 
 @dataclass(frozen=True)

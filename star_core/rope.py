@@ -60,13 +60,23 @@ def axial_rope_of_maps(maps: Sequence[TokenMap], head_width: int, theta: float, 
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate x (B, H, L, head_width) by (L, head_width / 2) angles; pairs are neighbours (2k, 2k + 1).
+    """Rotate x (B, H, L, head_width) by (L, head_width / 2) angles, to float32.
 
-    Computed in float32: bfloat16 has too few bits for the angles of a 64 x 64 map.
+    Pairs are neighbours (2k, 2k + 1): one complex number each, turned by one multiplication. In float32,
+    because bfloat16 has too few bits for the angles of a 64 x 64 map.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if x.device.type == "mps":
+        return _rotate_real(pairs, rotation).flatten(-2)
+    turned = torch.view_as_complex(pairs) * torch.complex(rotation.cos, rotation.sin)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def _rotate_real(pairs: Tensor, rotation: Rotation) -> Tensor:
+    """Return the turned pairs (..., 2), where a device lacks complex numbers."""
+    even, odd = pairs.unbind(-1)
     turned = (
         even * rotation.cos - odd * rotation.sin,
         even * rotation.sin + odd * rotation.cos,
     )
-    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+    return torch.stack(turned, dim=-1)

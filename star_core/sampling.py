@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 MAX_SEED = 2**64 - 1
+FEW = 512
+"""Logits looked at before a row is sorted whole: 1 / 8 of the released codebook, at 1 / 4 of a sort's time."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,25 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
 
 
+def _keep_top_p_by_few(logits: Tensor, p: float) -> Tensor:
+    """Do what `keep_top_p` does for rows (N, V), sorting whole rows only where few logits do not suffice.
+
+    Most positions reach p within their best tokens. Which row needs more is known on the host: for the CPU.
+    """
+    best, order = logits.topk(min(FEW, logits.shape[-1]), dim=-1)
+    rest = 1 - (best - logits.logsumexp(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
+    # A token goes where it and all less likely ones come to 1 - p at most: after the ones before it.
+    before = torch.cat([torch.ones_like(rest[:, :1]), rest[:, :-1]], dim=-1)
+    stays = before > 1 - p
+    stays[:, 0] = True
+    kept = torch.full_like(logits, -torch.inf)
+    kept.scatter_(-1, order, best.masked_fill(~stays, -torch.inf))
+    wide = (stays[:, -1] & (order.shape[-1] < logits.shape[-1])).nonzero().squeeze(-1)
+    if len(wide):
+        kept[wide] = keep_top_p(logits[wide], p)
+    return kept
+
+
 @dataclass(frozen=True)
 class Draw:
     """Tokens (B, n) and their confidence (B, n): the probability after both filters."""
@@ -98,7 +119,7 @@ def draw(logits: Tensor, uniform: Tensor, *, top_k: int, top_p: float, temperatu
     """
     if temperature != 1.0:
         logits = logits / temperature
-    probabilities = keep_top_p(keep_top_k(logits, top_k), top_p).softmax(dim=-1)
+    probabilities = _filtered(keep_top_k(logits, top_k), top_p).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     target = uniform.unsqueeze(-1) * cumulative[..., -1:]
     tokens = (cumulative <= target).sum(dim=-1)
@@ -107,6 +128,13 @@ def draw(logits: Tensor, uniform: Tensor, *, top_k: int, top_p: float, temperatu
     tokens = torch.where(tokens < logits.shape[-1], tokens, likely)
     confidence = probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return Draw(tokens, confidence)
+
+
+def _filtered(logits: Tensor, top_p: float) -> Tensor:
+    """Return `keep_top_p` of logits (B, n, V), in the way that suits the device."""
+    if not 0 < top_p < 1 or logits.device.type != "cpu":
+        return keep_top_p(logits, top_p)
+    return _keep_top_p_by_few(logits.flatten(0, -2), top_p).view_as(logits)
 
 
 def smooth_weights(logits: Tensor, gumbel: Tensor, ratio: float) -> Tensor:

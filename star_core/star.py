@@ -65,7 +65,7 @@ class Options:
 
 
 class Star:
-    """A loaded model. Nothing in it changes while pictures are drawn."""
+    """A loaded model. Drawing changes nothing in it; only the empty prompt's text states are remembered."""
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class Star:
         self.vqvae = vqvae
         self.text_encoder = text_encoder
         self.device = device
+        self._empty: TextStates | None = None
 
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
         """Return the text states of N prompts: hidden (N, T, D), mask (N, T), pooled (N, D)."""
@@ -141,7 +142,11 @@ class Star:
         )
 
     def _text(self, prompts: Sequence[str], count: int) -> TextStates:
-        return self.encode_text(prompts).repeat_each(count)
+        if any(prompts):
+            return self.encode_text(prompts).repeat_each(count)
+        if self._empty is None:
+            self._empty = self.encode_text([""])
+        return self._empty.repeat_each(len(prompts) * count)
 
     def generate(
         self,

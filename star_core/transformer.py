@@ -67,8 +67,8 @@ class TextBlock(nn.Module):
         self.cross_attn = CrossAttention(width, heads, text_width, operations=operations)
         self.ffn = FeedForward(width, operations=operations)
 
-    def text_keys(self, hidden: Tensor, mask: Tensor) -> TextKeys:
-        """Return what this block's cross-attention reads of text states (B, T, D), mask (B, T)."""
+    def text_keys(self, hidden: Tensor, mask: Tensor | None) -> TextKeys:
+        """Return what this block's cross-attention reads of text states (B, T, D), mask (B, T) or None."""
         return self.cross_attn.text_keys(hidden, mask)
 
     def forward(
@@ -129,8 +129,11 @@ class Transformer(nn.Module):
         vectors: Tensor = self.scale_embed(scales.to(like.device))
         return vectors.to(like.dtype)
 
-    def text_keys(self, hidden: Tensor, mask: Tensor) -> tuple[TextKeys, ...]:
-        """Return every block's keys and values of text states (B, T, D) with mask (B, T), once per text."""
+    def text_keys(self, hidden: Tensor, mask: Tensor | None) -> tuple[TextKeys, ...]:
+        """Return every block's keys and values of text states (B, T, D), once per text.
+
+        mask (B, T) is True at real tokens; None means that all are.
+        """
         hidden = hidden.to(self.dtype)
         return tuple(block.text_keys(hidden, mask) for block in self._text_blocks())
 

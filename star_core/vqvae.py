@@ -16,6 +16,8 @@ from .config import VQVAEConfig
 from .quantizer import MultiScaleQuantizer
 
 NORM_EPS = 1e-6
+LAYOUT = torch.channels_last
+"""Of pictures and weights: a quarter faster than channels first on CPUs, in float32 and bfloat16 (NOTES.md)."""
 
 
 class ResidualBlock(nn.Module):
@@ -212,14 +214,14 @@ class VQVAE(nn.Module):
         step = self.config.downsample
         if height % step or width % step:
             raise ValueError(f"pictures of {width}x{height} pixels: both sides must be multiples of {step}")
-        dtype = self.quant_conv.weight.dtype
-        features: Tensor = self.quant_conv(self.encoder(pictures.to(dtype)))
+        pictures = pictures.to(self.quant_conv.weight.dtype, memory_format=LAYOUT)
+        features: Tensor = self.quant_conv(self.encoder(pictures))
         return features.float()
 
     def decode(self, f_hat: Tensor) -> Tensor:
         """Return the pictures (B, 3, h * f, w * f) of f_hat (B, D, h, w), clamped to [-1, 1], float32."""
-        dtype = self.post_quant_conv.weight.dtype
-        pictures = self.decoder(self.post_quant_conv(f_hat.to(dtype)))
+        f_hat = f_hat.to(self.post_quant_conv.weight.dtype, memory_format=LAYOUT)
+        pictures = self.decoder(self.post_quant_conv(f_hat))
         return pictures.float().clamp(-1, 1)  # type: ignore[no-any-return]  # Module call: Any
 
     @torch.no_grad()

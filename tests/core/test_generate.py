@@ -460,6 +460,17 @@ def unreadable(count: int) -> TextStates:
     return TextStates(hidden, torch.ones(count, 7, dtype=torch.bool), torch.full((count, 16), torch.nan))
 
 
+@pytest.mark.parametrize("pictures", [[3, 3], [1, 3]], ids=["as long", "of two lengths"])
+def test_the_loop_never_reads_the_padding_of_a_text(
+    model: object, ask: Callable, schedule: ScaleSchedule, pictures: list
+):
+    request = ask(pictures, schedule)
+    (span,) = request.prompts
+    spoilt = span.conditional.hidden.masked_fill(~span.conditional.mask.unsqueeze(-1), 1e4)
+    text = dataclasses.replace(span, conditional=dataclasses.replace(span.conditional, hidden=spoilt))
+    assert same_tokens(model.run(request), model.run(dataclasses.replace(request, prompts=(text,))))
+
+
 @pytest.mark.parametrize("kind", ["plain", "smooth", "official", "masked"])
 def test_without_guidance_no_unconditional_row_is_computed(
     paired: object, ask: Callable, make_schedule: Callable, row_counts: list, kind: str

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from star_core.sampling import (
+    FEW,
     MAX_SEED,
     PictureSeed,
     ScaleNoise,
+    _keep_top_p_by_few,
     draw,
     guide,
     keep_top_k,
@@ -32,6 +34,27 @@ def some_logits(seed: int, *shape: int) -> Tensor:
 
 def kept(logits: Tensor) -> list[bool]:
     return (logits > -torch.inf).tolist()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8, 0.99, 0.9999])
+@pytest.mark.parametrize("sharpness", [0.0, 0.3, 1.0, 3.0])
+def test_the_short_way_to_top_p_keeps_what_the_whole_sort_keeps(p: float, sharpness: float):
+    # Flat rows reach p far beyond the few, sharp ones within a handful: both ways are taken.
+    logits = sharpness * some_logits(20, 64, 4 * FEW)
+    short, whole = _keep_top_p_by_few(logits, p), keep_top_p(logits, p)
+    differing = ((short > -torch.inf) != (whole > -torch.inf)).sum(dim=1)
+    # Sums taken from the other end round otherwise: a row may differ in the token that sits on the bound.
+    assert int(differing.max()) <= (FEW if sharpness == 0 else 1)
+    assert int((differing > 0).sum()) <= 3 if sharpness else True
+    both = (short > -torch.inf) & (whole > -torch.inf)
+    assert torch.equal(short[both], whole[both])
+    assert bool((short > -torch.inf).any(dim=1).all())
+
+
+def test_the_short_way_to_top_p_respects_an_earlier_top_k():
+    logits = keep_top_k(some_logits(21, 8, 4 * FEW), 5)
+    torch.testing.assert_close(_keep_top_p_by_few(logits, 0.9), keep_top_p(logits, 0.9), atol=0, rtol=0)
+    torch.testing.assert_close(_keep_top_p_by_few(logits[:, :7], 0.9), keep_top_p(logits[:, :7], 0.9))
 
 
 def test_guidance_moves_away_from_the_unconditional():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from star_core.vqvae import VQVAE, SpatialAttention
+from star_core.vqvae import LAYOUT, VQVAE, SpatialAttention
 
 
 @pytest.fixture
@@ -88,3 +88,11 @@ def test_what_a_quantized_picture_decodes_to_depends_on_its_tokens_alone(vqvae: 
     quantized = vqvae.quantizer.quantize(vqvae.encode(pictures()), paired.maps)
     rebuilt = vqvae.quantizer.f_hats(quantized.tokens, paired.maps)
     torch.testing.assert_close(vqvae.decode(rebuilt[-1]), vqvae.decode(quantized.f_hats[-1]))
+
+
+def test_channels_last_is_the_same_picture(vqvae: VQVAE):
+    turned = copy.deepcopy(vqvae).to(memory_format=LAYOUT)
+    assert turned.decoder.conv_in.weight.is_contiguous(memory_format=LAYOUT)
+    features = vqvae.encode(pictures())
+    torch.testing.assert_close(turned.encode(pictures()), features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(turned.decode(features), vqvae.decode(features), atol=1e-5, rtol=1e-5)
