@@ -20,7 +20,7 @@ HOW_TO_WRITE = (
     " One line per quantity: its name, then values from coarse to fine; 600*9 repeats, one value serves all"
     " scales. maps (optional) says which token maps it is for; a model with others refuses it, unless a line"
     " stretch yes lets it take the nearest scale's values. A preset's name alone is allowed: official-256,"
-    " official-512, official-1024, demo-1024, sampler, old, top-k, smooth."
+    " official-512, official-1024, demo-1024, sampler, old, top-k, smooth, fast, fast-1024."
 )
 MODEL_TOOLTIP = "Optional: tells the editor the model's sides, and has the text checked against it at once."
 
@@ -48,7 +48,9 @@ class StarScaleSchedule(io.ComfyNode):
                         "top_k: how many codes may be drawn, 0 is off. top_p: share of probability, 0 is off."
                         " guidance: strength t in (1 + t) conditional - t unconditional; ramp 4 grows from 0"
                         " to 4. temperature: divides the logits. smooth: yes draws a soft mixture of codes."
-                        + HOW_TO_WRITE
+                        " unguided: yes draws without guidance, the causal sampler's included; prune: share of"
+                        " the scale's tokens that are not computed but restored from the scale before. Both are"
+                        " faster and change the picture." + HOW_TO_WRITE
                     ),
                 ),
                 sockets.Model.Input("model", optional=True, tooltip=MODEL_TOOLTIP),

@@ -42,6 +42,10 @@ class LayerCache:
         self.filled = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
+    def keep_rows(self, count: int) -> None:
+        """Go on with the first `count` rows."""
+        self.keys, self.values = self.keys[:count], self.values[:count]
+
 
 class KVCache:
     """One LayerCache per block, made for one batch of pictures and gone with it."""
@@ -65,6 +69,11 @@ class TextKeys(NamedTuple):
     keys: Tensor
     values: Tensor
     mask: Tensor | None
+
+    def rows(self, count: int) -> TextKeys:
+        """Return the first `count` rows."""
+        mask = self.mask[:count] if self.mask is not None else None
+        return TextKeys(self.keys[:count], self.values[:count], mask)
 
 
 def _queries(x: Tensor, log_scale: Tensor, dtype: torch.dtype) -> Tensor:

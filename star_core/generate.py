@@ -18,6 +18,7 @@ from torch import Tensor
 from .attention import TextKeys
 from .causal_sampler import CausalSampler, PartialMap, Refinement, refine, sampler_logits
 from .config import TokenMap, token_count
+from .pruning import restore, take, worth_running
 from .quantizer import MultiScaleQuantizer
 from .rope import Rotation
 from .sampling import PictureSeed, ScaleNoise, draw, guide, smooth_weights
@@ -125,7 +126,10 @@ class Request:
 
 @dataclass
 class _Picture:
-    """The state of one batch while it is drawn: rows are B conditional ones, then their twins."""
+    """The state of one batch while it is drawn: rows are B conditional ones, then their twins while any guide.
+
+    `whole` are the features and the map of the last scale that was run whole, where a later one is pruned.
+    """
 
     transformer: Transformer
     request: Request
@@ -134,6 +138,7 @@ class _Picture:
     rotation: Rotation = field(init=False)
     text_keys: tuple[TextKeys, ...] = field(init=False)
     pooled: Tensor = field(init=False)
+    whole: tuple[Tensor, TokenMap] | None = None
 
     def __post_init__(self) -> None:
         maps = self.request.maps
@@ -146,6 +151,18 @@ class _Picture:
         """Let go of the large tensors."""
         self.cache.layers = ()
         self.text_keys = ()
+        self.whole = None
+
+    def drop_twins(self) -> None:
+        """Go on without the unconditional rows: no later scale is guided."""
+        batch = len(self.request.seeds)
+        self.twins = False
+        self.pooled = self.pooled[:batch]
+        self.text_keys = tuple(keys.rows(batch) for keys in self.text_keys)
+        for layer in self.cache.layers:
+            layer.keep_rows(batch)
+        if self.whole is not None:
+            self.whole = self.whole[0][:batch], self.whole[1]
 
     def read_prompt(self, scale: int) -> None:
         """Take in the span that starts at this scale, if one does."""
@@ -231,7 +248,9 @@ def generate(
         for scale in range(scales):
             given = scale < len(request.prefix)
             # A given last scale needs no look: nothing is drawn from it or after it.
-            features = None if given and scale == scales - 1 else _look(picture, quantizer, f_hat, scale)
+            features = (
+                None if given and scale == scales - 1 else _look(picture, quantizer, schedule, f_hat, scale)
+            )
             if features is None or given:
                 step = _given(request.prefix[scale], device)
             else:
@@ -246,17 +265,39 @@ def generate(
 
 
 @torch.no_grad()
-def _look(picture: _Picture, quantizer: MultiScaleQuantizer, f_hat: Tensor, scale: int) -> Tensor:
+def _look(
+    picture: _Picture, quantizer: MultiScaleQuantizer, schedule: ScaleSchedule, f_hat: Tensor, scale: int
+) -> Tensor:
     """Run the transformer over one scale; return the last block's output (R, n, C)."""
     picture.read_prompt(scale)
+    if picture.twins and scale >= schedule.guided_scales:
+        picture.drop_twins()
     if scale == 0:
         x = picture.first_input()
     else:
         codes = quantizer.next_input(f_hat, picture.request.maps[scale])
         x = picture.next_input(codes, scale)
-    return picture.transformer.features(
+    if schedule.scales[scale].prune:
+        return _look_at_part(picture, x, scale, schedule.scales[scale].prune)
+    features = picture.transformer.features(
         x, picture.scale_rotation(scale), picture.text_keys, cache=picture.cache
     )
+    if any(policy.prune for policy in schedule.scales[scale + 1 :]):
+        picture.whole = features, picture.request.maps[scale]
+    return features
+
+
+def _look_at_part(picture: _Picture, x: Tensor, scale: int, share: float) -> Tensor:
+    """Run the transformer over the part of a scale that pruning leaves; restore the rest."""
+    assert picture.whole is not None, "a schedule's first scale is never pruned"
+    positions = worth_running(x, share)
+    run = picture.transformer.features(
+        take(x, positions),
+        picture.scale_rotation(scale).select(positions),
+        picture.text_keys,
+        cache=picture.cache,
+    )
+    return restore(run, positions, *picture.whole, picture.request.maps[scale])
 
 
 @torch.no_grad()
@@ -271,7 +312,7 @@ def _draw_scale(
     request = picture.request
     policy = schedule.scales[scale]
     noise = ScaleNoise(request.seeds, scale, picture.device)
-    logits = picture.guided_logits(features, policy.guidance)
+    logits = picture.guided_logits(features, policy.strength)
     kept = _kept_at(request, scale, picture.device)
     if policy.smooth:
         return _draw_smooth(logits, quantizer, noise, policy, kept, scale, request.maps)
@@ -325,13 +366,14 @@ def _refinement(
     """Return the causal sampler's work on one scale."""
     rotation = picture.sampler_rotation(scale)
     token_map = picture.request.maps[scale]
+    strength = schedule.sampler_strength(scale)
+    rows = features.shape[0] if strength else len(picture.request.seeds)
+    seen, pooled = features[:rows], picture.pooled[:rows]
 
     def guided_by_known(tokens: Tensor, known: Tensor) -> Tensor:
         vectors = rearrange(quantizer.lookup(tokens, token_map), "b d h w -> b (h w) d")
         codes = vectors * known.unsqueeze(-1)
-        return sampler_logits(
-            sampler, codes, features, picture.pooled, scale, rotation, schedule.sampler_guidance
-        )
+        return sampler_logits(sampler, codes, seen, pooled, scale, rotation, strength)
 
     return Refinement(logits, guided_by_known, schedule.scales[scale], schedule.strategy, noise)
 

@@ -17,9 +17,6 @@ def shared_scales(before: Request, after: Request) -> int:
     """Return how many leading scales two requests of one model draw equally."""
     if (before.maps, before.seeds) != (after.maps, after.seeds):
         return 0
-    # Rows for guidance change the shape of every matrix product, and with it the last bits of a logit.
-    if before.schedule.guided != after.schedule.guided:
-        return 0
     scales = min(before.stop or len(before.maps), after.stop or len(after.maps))
     for scale in range(scales):
         if not _alike(before, after, scale):
@@ -29,8 +26,10 @@ def shared_scales(before: Request, after: Request) -> int:
 
 def _alike(before: Request, after: Request, scale: int) -> bool:
     """Whether two requests that agree on all scales before this one do the same at it."""
+    # Rows for guidance change the shape of every matrix product, and with it the last bits of a logit.
     return (
-        _same_prompt(_starting(before, scale), _starting(after, scale))
+        (scale < before.schedule.guided_scales) == (scale < after.schedule.guided_scales)
+        and _same_prompt(_starting(before, scale), _starting(after, scale))
         and _same_step(_given(before, scale), _given(after, scale))
         and _same_kept(before.kept, after.kept, scale)
         and _same_policy(before.schedule, after.schedule, scale)

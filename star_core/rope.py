@@ -12,7 +12,10 @@ from .config import TokenMap
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines, each (L, head_width / 2) float32: one angle per token and complex pair."""
+    """Cosines and sines, each (L, head_width / 2) float32: one angle per token and complex pair.
+
+    With a leading axis, (R, L, head_width / 2), every row of a batch has tokens of its own.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -25,7 +28,7 @@ class Rotation(NamedTuple):
         return Rotation(self.cos[start:stop], self.sin[start:stop])
 
     def select(self, positions: Tensor) -> Rotation:
-        """Return the rotations of the tokens at `positions` (K,)."""
+        """Return the rotations of the tokens at `positions` (K,), or those of each row at (R, K)."""
         return Rotation(self.cos[positions], self.sin[positions])
 
 
@@ -60,12 +63,14 @@ def axial_rope_of_maps(maps: Sequence[TokenMap], head_width: int, theta: float, 
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate x (B, H, L, head_width) by (L, head_width / 2) angles, to float32.
+    """Rotate x (B, H, L, head_width) by (L, head_width / 2) or (B, L, head_width / 2) angles, to float32.
 
     Pairs are neighbours (2k, 2k + 1): one complex number each, turned by one multiplication. In float32,
     because bfloat16 has too few bits for the angles of a 64 x 64 map.
     """
     pairs = x.float().unflatten(-1, (-1, 2))
+    if rotation.cos.ndim == 3:
+        rotation = Rotation(rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1))
     if x.device.type == "mps":
         return _rotate_real(pairs, rotation).flatten(-2)
     turned = torch.view_as_complex(pairs) * torch.complex(rotation.cos, rotation.sin)

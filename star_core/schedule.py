@@ -35,6 +35,7 @@ without the transformer's confidence (the paper's "Sampler"; the others are its 
 
 MAX_TOP_K = 1_000_000
 MAX_STEPS = 4096
+MAX_PRUNE = 0.95
 SAME_AREA = 0.25
 """How far two maps' areas may differ while a schedule for one still means the other (relative)."""
 
@@ -50,6 +51,10 @@ class ScalePolicy:
     top_k, top_p: filters, 0 is off. guidance: t in (1 + t) cond - t uncond. temperature: divides logits.
     smooth: VAR's soft draw; filters do not apply. steps: causal sampler steps, 0 is off; of them the first
     `transformer_steps` draw from the transformer's logits and the first `random_steps` fix in random order.
+
+    Two fast modes, off unless asked for: unguided draws without guidance, the causal sampler's included (where
+    all later scales do as well, no unconditional row is computed any more). prune is the share of the map's
+    tokens that the transformer skips; their features are restored from the scale before (`pruning`).
     """
 
     top_k: int = 0
@@ -60,6 +65,8 @@ class ScalePolicy:
     steps: int = 0
     transformer_steps: int = 0
     random_steps: int = 0
+    unguided: bool = False
+    prune: float = 0.0
 
     def __post_init__(self) -> None:
         checks = (
@@ -79,6 +86,7 @@ class ScalePolicy:
                 0 <= self.random_steps <= MAX_STEPS,
                 f"random_steps lies within 0..{MAX_STEPS}, got {self.random_steps}",
             ),
+            (0 <= self.prune <= MAX_PRUNE, f"prune lies within 0..{MAX_PRUNE}, got {self.prune}"),
             (
                 not (self.smooth and self.steps),
                 f"steps is {self.steps} on a smooth scale, which the causal sampler cannot draw",
@@ -87,6 +95,11 @@ class ScalePolicy:
         for holds, message in checks:
             if not holds:
                 raise ValueError(message)
+
+    @property
+    def strength(self) -> float:
+        """The guidance that applies to the transformer's logits."""
+        return 0.0 if self.unguided else self.guidance
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,11 @@ class ScaleSchedule:
             check_maps(self.maps)
             if len(self.maps) != len(self.scales):
                 raise ValueError(f"maps has {len(self.maps)} entries for {len(self.scales)} scales")
+        if self.scales[0].prune:
+            raise ValueError(
+                f"prune is {self.scales[0].prune} at scale 1, which has no scale before it to restore tokens"
+                " from: begin with 0, as in `prune 0*4 0.4 0.5`"
+            )
 
     @property
     def refines(self) -> bool:
@@ -123,8 +141,20 @@ class ScaleSchedule:
     @property
     def guided(self) -> bool:
         """Whether any draw needs unconditional logits."""
-        by_sampler = self.refines and self.sampler_guidance != 0
-        return by_sampler or any(policy.guidance for policy in self.scales)
+        return self.guided_scales > 0
+
+    @property
+    def guided_scales(self) -> int:
+        """How many leading scales are run with unconditional twins: up to the last one that guides."""
+        last = 0
+        for number, policy in enumerate(self.scales, start=1):
+            if policy.strength or (policy.steps and self.sampler_strength(number - 1)):
+                last = number
+        return last
+
+    def sampler_strength(self, scale: int) -> float:
+        """Return the guidance of the causal sampler's logits at a scale."""
+        return 0.0 if self.scales[scale].unguided else self.sampler_guidance
 
     def fit(self, maps: Sequence[TokenMap], codebook_size: int, *, has_sampler: bool) -> ScaleSchedule:
         """Return the schedule as a model with these maps can run it.
@@ -175,6 +205,8 @@ class ScaleSchedule:
         lines = [f"maps {sides_text(self.maps)}"] if self.maps is not None else []
         for name in QUANTITIES:
             values = [getattr(policy, name) for policy in self.scales]
+            if name in FAST_MODES and not any(values):
+                continue
             lines.append(f"{name} {_values_text(values, ramp=name == 'guidance')}")
         lines.append(f"sampler_guidance {_number_text(self.sampler_guidance)}")
         lines.append(f"strategy {self.strategy}")
@@ -196,8 +228,13 @@ QUANTITIES: dict[str, Callable[[str], bool | int | float]] = {
     "steps": int,
     "transformer_steps": int,
     "random_steps": int,
+    "unguided": _yes_or_no,
+    "prune": float,
 }
 """The per-scale quantities in the order of their lines, each with the reader of one value."""
+
+FAST_MODES = ("unguided", "prune")
+"""Quantities that trade fidelity for time: a text without them means the exact picture."""
 
 
 def _alike(ours: Sequence[TokenMap], theirs: Sequence[TokenMap]) -> bool:

@@ -17,7 +17,7 @@ from .schedule import ScalePolicy, ScaleSchedule, Strategy, refuse_lines, scales
 
 Part = Literal["drawing", "sampler"]
 
-DRAWING = ("top_k", "top_p", "guidance", "temperature", "smooth")
+DRAWING = ("top_k", "top_p", "guidance", "temperature", "smooth", "unguided", "prune")
 SAMPLER = ("steps", "transformer_steps", "random_steps")
 
 _ELSEWHERE: Mapping[Part, Mapping[str, str]] = {

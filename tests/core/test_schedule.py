@@ -36,6 +36,8 @@ policies = st.builds(
     steps=st.integers(0, 40),
     transformer_steps=st.integers(0, 40),
     random_steps=st.integers(0, 40),
+    unguided=st.booleans(),
+    prune=st.floats(0, 0.95),
 ) | st.builds(ScalePolicy, guidance=st.floats(-100, 100), smooth=st.just(True))
 
 
@@ -46,6 +48,7 @@ def schedules(draw: st.DrawFn) -> ScaleSchedule:
     if draw(st.booleans()):
         strengths = ramp(draw(st.floats(-100, 100)), count)
         scales = [dataclasses.replace(p, guidance=t) for p, t in zip(scales, strengths, strict=True)]
+    scales[0] = dataclasses.replace(scales[0], prune=0.0)
     growth = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=count, max_size=count))
     maps = tuple(
         (1 + sum(g for g, _ in growth[: i + 1]), 1 + sum(g for _, g in growth[: i + 1])) for i in range(count)
@@ -187,6 +190,7 @@ def test_a_schedule_that_does_not_say_its_scales_asks_for_maps():
         ({"temperature": 0.0}, "temperature"),
         ({"steps": -1}, "steps"),
         ({"random_steps": -1}, "random_steps"),
+        ({"prune": 1.0}, "prune lies within 0..0.95"),
         ({"smooth": True, "steps": 8}, "steps is 8 on a smooth scale"),
     ],
 )

@@ -75,7 +75,26 @@ def test_a_preset_takes_the_place_of_its_lines_only() -> None:
         "stretch yes; top_k 4096; maps 1 2 3; top_p 0.8"
     )
     assert value("writePreset", "top_k ???", preset) == preset
+    # A preset draws the exact picture: fast modes that the text had are gone.
+    assert value("writePreset", "maps 1 2 3\nprune 0 0 0.5\ntop_p 1\nunguided yes", preset) == (
+        "maps 1 2 3\ntop_p 0.8\ntop_k 4096"
+    )
+    assert value("writePreset", "prune 0 0 0.5; maps 1 2 3", preset + "\nprune 0 0.2 0.4") == (
+        "prune 0 0.2 0.4; maps 1 2 3\ntop_k 4096\ntop_p 0.8".replace("\n", "; ")
+    )
     assert value("writePreset", "demo-1024", preset) == preset
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("maps 1 2\ntop_k 5", {"top_k": True, "smooth": False, "unguided": False, "prune": False}),
+        ("maps 1 2\nsmooth no; prune 0", {"smooth": False, "prune": True}),
+        ("maps 1 2\nsmooth no yes; unguided no yes", {"smooth": True, "unguided": True, "prune": False}),
+    ],
+)
+def test_a_row_that_few_schedules_have_waits_for_its_line(text: str, shown: dict[str, bool]) -> None:
+    assert {name: value("isShownIn", name, text) for name in shown} == shown
 
 
 DRAWING = [
@@ -120,6 +139,8 @@ def test_a_lone_word_is_a_presets_name() -> None:
         ("temperature", "0", None),
         ("steps", "4097", None),
         ("smooth", "yes", True),
+        ("prune", "0.95", 0.95),
+        ("prune", "1", None),
         ("top_p", "", None),
     ],
 )

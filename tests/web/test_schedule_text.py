@@ -77,6 +77,8 @@ READ = [
     "guidance -0.0 1",
     "maps 1 2 3\nstretch yes",
     "maps 1 2 3\nstretch no",
+    "maps 1 2 3\nunguided no*2 yes\nprune 0 0.4 .5",
+    "maps 1 2 3\nunguided no\nprune 0",
 ]
 REFUSED = [
     "",
@@ -127,6 +129,12 @@ REFUSED = [
     "🙂 1\nmaps 1 2",
     "maps 1 2 3\n🙂; top_k x",
     "maps 1 2 3\nsmooth constructor",
+    "maps 1 2 3\nunguided 1",
+    "maps 1 2 3\nprune 0 0 0.96",
+    "maps 1 2 3\nprune 0 0 1",
+    "maps 1 2 3\nprune 0 -0.5 0",
+    "maps 1 2 3\nprune 0.5",
+    "maps 1 2 3\ntop_k 4\nprune 0.1 0.2 0.3",
     "maps 1 2 3\n__proto__ 1",
     "maps 1 2 3\ntop_k \\\u200b\x07",
 ]

@@ -2,6 +2,7 @@
 // Knows the DOM and the text; what it needs of ComfyUI comes in as `host`.
 
 import { BarRow, element } from "./bars.js";
+import { isRare, isShown } from "./quantities.js";
 import { presetName, readPart, scalesOf, writePreset, writeSides, writeValues } from "./schedule_part.js";
 import { ScheduleTextError, linesOf, sidesText, valuesOf } from "./schedule_text.js";
 import { say } from "./words.js";
@@ -22,7 +23,7 @@ export class ScheduleEditor {
     this.host = host;
     this.model = null;
     this.rows = part.quantities.map((name) => new BarRow(name, this.reportOf(name)));
-    this.visibleRows = part.quantities.filter((name) => name !== "smooth").length;
+    this.visibleRows = part.quantities.filter((name) => !isRare(name)).length;
     this.build();
     this.refresh();
   }
@@ -98,7 +99,7 @@ export class ScheduleEditor {
     for (const row of this.rows) {
       const { name } = row;
       const values = valuesOf(schedule, name);
-      row.root.hidden = name === "smooth" && !values.some(Boolean);
+      row.root.hidden = !isShown(name, schedule);
       row.show(values, sides, {
         codebook: this.model?.codebook ?? null,
         idle: (scale) => (steps !== null && name !== "steps" ? steps[scale] === 0 : this.filtersIdle(name, scale)),
@@ -116,8 +117,9 @@ export class ScheduleEditor {
     }
   }
 
-  // A smooth scale draws a soft mixture: the filters do not apply to it.
+  // A smooth scale draws a soft mixture: the filters do not apply to it. Nor does guidance to an unguided one.
   filtersIdle(name, scale) {
+    if (name === "guidance") return Boolean(this.schedule.values.unguided?.[scale]);
     return (name === "top_k" || name === "top_p") && Boolean(this.schedule.values.smooth?.[scale]);
   }
 

@@ -1,6 +1,6 @@
 // How each quantity looks as a bar: its range, its steps under the mouse, its scale and its colour. No DOM.
 
-import { QUANTITIES, numberText } from "./schedule_text.js";
+import { FAST_MODES, QUANTITIES, numberText, valuesOf } from "./schedule_text.js";
 
 const LOG_FLOOR = 0.08; // what a log bar keeps for "one", so that it differs from "off"
 
@@ -13,7 +13,21 @@ const LOOKS = {
   steps: { top: 16, step: 1, decimals: 0, off: true, grows: true, colour: "#8b74f2" },
   transformer_steps: { top: 16, step: 1, decimals: 0, grows: true, colour: "#4f8ff7" },
   random_steps: { top: 16, step: 1, decimals: 0, grows: true, colour: "#1fae9b" },
+  unguided: { top: 1, step: 1, decimals: 0, switch: true, colour: "#8b74f2" },
+  prune: { top: 1, step: 0.05, decimals: 2, off: true, colour: "#7c8794" },
 };
+
+/** Whether a quantity is one that few schedules have: its row waits until the text asks for it. */
+export function isRare(name) {
+  return name === "smooth" || FAST_MODES.includes(name);
+}
+
+/** Whether a schedule's row of a quantity is shown. */
+export function isShown(name, schedule) {
+  // A fast mode's line is written only where someone wants it; presets write `smooth no`.
+  if (FAST_MODES.includes(name)) return Object.hasOwn(schedule.values, name);
+  return !isRare(name) || valuesOf(schedule, name).some(Boolean);
+}
 
 export function colourOf(name) {
   return LOOKS[name].colour;

@@ -1,9 +1,9 @@
 // What one node edits of a schedule text: which lines are its own, and how a line changes while the others stay.
 // No DOM, nothing of ComfyUI.
 
-import { QUANTITIES, ScheduleTextError, fail, linesOf, numberText, parseSchedule, valuesText } from "./schedule_text.js";
+import { FAST_MODES, QUANTITIES, ScheduleTextError, fail, linesOf, numberText, parseSchedule, valuesText } from "./schedule_text.js";
 
-const DRAWING = ["top_k", "top_p", "guidance", "temperature", "smooth"];
+const DRAWING = ["top_k", "top_p", "guidance", "temperature", "smooth", "unguided", "prune"];
 const SAMPLER = ["steps", "transformer_steps", "random_steps"];
 const IN_ITS_FIELD = {
   sampler_guidance: "sampler_guidance is written in the field guidance, not in the text",
@@ -70,6 +70,13 @@ export function writeLine(text, name, rest) {
   return `${text.trimEnd().replace(/;$/, "")}${gapOf(text)}${name} ${rest}`;
 }
 
+/** Take the line with this name out of a text, with the separator before it. */
+function withoutLine(text, name) {
+  const line = linesOf(text).find((candidate) => candidate.words[0].text === name);
+  if (!line) return text;
+  return line.start ? text.slice(0, line.start - 1) + text.slice(line.end) : text.slice(line.end + 1);
+}
+
 /** Write the sides of a model. Throws where values are listed for another number of scales: nothing is stretched. */
 export function writeSides(text, sides) {
   const written = writeLine(text, "maps", sides.join(" "));
@@ -85,6 +92,9 @@ export function writePreset(text, preset) {
     const [name, ...rest] = line.words.map((word) => word.text);
     written = writeLine(written, name, rest.join(" "));
   }
+  // A preset without a fast mode draws the exact picture: one that the text had would make it another.
+  const exact = (name) => !linesOf(preset).some((line) => line.words[0].text === name);
+  for (const name of FAST_MODES.filter(exact)) written = withoutLine(written, name);
   return written;
 }
 

@@ -7,6 +7,7 @@
 import { WORD, asciiDigits, characters, decimalText, quoted, readDecimal, readInteger } from "./python_text.js";
 
 const MAX_STEPS = 4096;
+const MAX_PRUNE = 0.95;
 const YES_NO = { yes: true, no: false };
 
 /** The per-scale quantities in the order of their lines: what one value is, what stands where no line does. */
@@ -19,7 +20,12 @@ export const QUANTITIES = {
   steps: { kind: "a whole number", read: readInteger, default: 0, least: 0, most: MAX_STEPS },
   transformer_steps: { kind: "a whole number", read: readInteger, default: 0, least: 0, most: MAX_STEPS },
   random_steps: { kind: "a whole number", read: readInteger, default: 0, least: 0, most: MAX_STEPS },
+  unguided: { kind: "yes or no", read: (word) => (Object.hasOwn(YES_NO, word) ? YES_NO[word] : null), default: false },
+  prune: { kind: "a number", read: readDecimal, default: 0, least: 0, most: MAX_PRUNE },
 };
+
+/** Quantities that trade fidelity for time: a text without them means the exact picture. */
+export const FAST_MODES = ["unguided", "prune"];
 
 export const STRATEGIES = ["official", "confidence", "masked"];
 
@@ -71,7 +77,10 @@ export function parseSchedule(text, scales = null) {
 /** Write every quantity of a schedule, as the engine's `to_text` does. */
 export function toText(schedule) {
   const lines = schedule.maps ? [`maps ${sidesText(schedule.maps)}`] : [];
-  for (const name of Object.keys(QUANTITIES)) lines.push(`${name} ${valuesText(name, valuesOf(schedule, name))}`);
+  for (const name of Object.keys(QUANTITIES)) {
+    const values = valuesOf(schedule, name);
+    if (!FAST_MODES.includes(name) || values.some(Boolean)) lines.push(`${name} ${valuesText(name, values)}`);
+  }
   lines.push(`sampler_guidance ${numberText(schedule.samplerGuidance)}`, `strategy ${schedule.strategy}`);
   if (schedule.stretch) lines.push("stretch yes");
   return lines.join("\n");
@@ -250,6 +259,14 @@ function checkPolicies(lines, schedule) {
     const problem = `sampler_guidance lies within -100..100, got ${decimalText(schedule.samplerGuidance)}`;
     throw fail(line, wordOfScale(line.words.slice(1), 0), problem);
   }
+  const first = schedule.values.prune?.[0];
+  if (first) {
+    const line = lines.find((candidate) => candidate.words[0].text === "prune");
+    const problem =
+      `prune is ${decimalText(first)} at scale 1, which has no scale before it to restore tokens from:` +
+      " begin with 0, as in `prune 0*4 0.4 0.5`";
+    throw fail(line, wordOfScale(line.words.slice(1), 0), problem);
+  }
 }
 
 const OUTSIDE = {
@@ -260,6 +277,7 @@ const OUTSIDE = {
   steps: (got) => `steps lies within 0..${MAX_STEPS}, got ${got}`,
   transformer_steps: (got) => `transformer_steps lies within 0..${MAX_STEPS}, got ${got}`,
   random_steps: (got) => `random_steps lies within 0..${MAX_STEPS}, got ${got}`,
+  prune: (got) => `prune lies within 0..${MAX_PRUNE}, got ${got}`,
 };
 
 function policyProblem(schedule, scale) {

@@ -1,0 +1,200 @@
+"""Fast modes: off is the exact picture, and each does what it says and nothing to its neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from star_core.generate import ScaleStep
+from star_core.pruning import restore, run_count, take, worth_running
+from star_core.resume import shared_scales
+from star_core.rope import axial_rope, rotate
+from star_core.sampling import PictureSeed
+from star_core.schedule import ScaleSchedule
+
+SCALES = 4
+
+
+def with_fields(schedule: ScaleSchedule, first: int, **fields: object) -> ScaleSchedule:
+    """Return the schedule with fields changed from a scale on."""
+    scales = tuple(
+        dataclasses.replace(policy, **fields) if scale >= first else policy
+        for scale, policy in enumerate(schedule.scales)
+    )
+    return dataclasses.replace(schedule, scales=scales)
+
+
+def tokens_of(steps: list[ScaleStep], row: int = 0) -> list[Tensor]:
+    return [step.tokens[row] for step in steps]
+
+
+def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+@pytest.fixture
+def passes(model: object, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return a list that fills with rows and tokens of every pass through the transformer."""
+    seen: list[tuple[int, int]] = []
+    features = model.transformer.features
+
+    def recorded(x: Tensor, *args: object, **options: object) -> Tensor:
+        seen.append(tuple(x.shape[:2]))
+        return features(x, *args, **options)
+
+    monkeypatch.setattr(model.transformer, "features", recorded)
+    return seen
+
+
+# Guidance off from a scale on.
+
+
+def test_unguided_scales_draw_what_no_guidance_draws_and_the_others_do_not_change(
+    model: object, ask: Callable, schedule: ScaleSchedule
+):
+    full = model.run(ask([1, 2], schedule))
+    fast = model.run(ask([1, 2], with_fields(schedule, 2, unguided=True)))
+    by_zero = with_fields(schedule, 2, guidance=0.0)
+    if schedule.refines:
+        by_zero = dataclasses.replace(by_zero, sampler_guidance=0.0)
+    zero = model.run(ask([1, 2], by_zero))
+    for row in range(2):
+        assert equal(tokens_of(fast[:2], row), tokens_of(full[:2], row))
+        assert equal(tokens_of(fast, row), tokens_of(zero, row))
+        assert not equal(tokens_of(fast[2:], row), tokens_of(full[2:], row))
+
+
+def test_no_unconditional_row_is_computed_after_the_last_guided_scale(
+    model: object, ask: Callable, schedule: ScaleSchedule, passes: list
+):
+    model.run(ask([1, 2], with_fields(schedule, 2, unguided=True)))
+    assert [rows for rows, _ in passes] == [4, 4, 2, 2]
+    passes.clear()
+    # One more guided scale at the end needs its twins' keys of every scale before.
+    last = dataclasses.replace(with_fields(schedule, 1, unguided=True).scales[3], unguided=False)
+    fast = with_fields(schedule, 1, unguided=True)
+    model.run(ask([1, 2], dataclasses.replace(fast, scales=(*fast.scales[:3], last))))
+    assert [rows for rows, _ in passes] == [4, 4, 4, 4]
+
+
+def test_the_sampler_is_unguided_too(model: object, ask: Callable, make_schedule: Callable):
+    schedule = with_fields(make_schedule("masked", guidance=0.0), 2, unguided=True)
+    strong = dataclasses.replace(schedule, sampler_guidance=50.0)
+    none = dataclasses.replace(schedule, sampler_guidance=0.0)
+    assert not strong.guided
+    assert equal(tokens_of(model.run(ask([1], strong))), tokens_of(model.run(ask([1], none))))
+
+
+def test_a_resumed_unguided_picture_is_the_whole_run(model: object, ask: Callable, schedule: ScaleSchedule):
+    fast = with_fields(schedule, 2, unguided=True)
+    full = model.run(ask([1, 2], fast))
+    for start in (1, 2, 3):
+        resumed = model.run(ask([1, 2], fast, prefix=tuple(full[:start])))
+        assert all(equal(tokens_of(resumed, row), tokens_of(full, row)) for row in range(2))
+
+
+def test_scales_before_the_unguided_ones_are_shared_with_the_exact_run(ask: Callable, make_schedule: Callable):
+    exact = ask([1], make_schedule("plain"))
+    fast = ask([1], with_fields(exact.schedule, 2, unguided=True))
+    assert shared_scales(exact, fast) == 2
+
+
+# Token pruning.
+
+
+@pytest.mark.parametrize("share", [0.3, 0.95])
+def test_a_pruned_scale_runs_its_share_of_tokens(
+    model: object, ask: Callable, schedule: ScaleSchedule, passes: list, share: float
+):
+    full = model.run(ask([1, 2], schedule))
+    wide = [tokens for _, tokens in passes]
+    passes.clear()
+    fast = model.run(ask([1, 2], with_fields(schedule, 2, prune=share)))
+    narrow = [tokens for _, tokens in passes]
+    assert narrow[:2] == wide[:2]
+    assert narrow[2:] == [run_count(n, share) for n in wide[2:]]
+    assert all(few < all_ for few, all_ in zip(narrow[2:], wide[2:], strict=True))
+    assert equal(tokens_of(fast[:2]), tokens_of(full[:2]))
+    assert not equal(tokens_of(fast[2:]), tokens_of(full[2:]))
+
+
+def test_a_pruned_picture_does_not_depend_on_its_neighbours(
+    model: object, ask: Callable, schedule: ScaleSchedule
+):
+    fast = with_fields(with_fields(schedule, 2, prune=0.4), 3, unguided=True, prune=0.6)
+    batch = model.run(ask([1, 2, 3], fast, seeds=[PictureSeed(s) for s in (5, 6, 7)]))
+    alone = model.run(ask([2], fast, seeds=[PictureSeed(6)]))
+    assert equal(tokens_of(batch, 1), tokens_of(alone))
+
+
+def test_resuming_a_pruned_picture_equals_the_whole_run(model: object, ask: Callable, schedule: ScaleSchedule):
+    fast = with_fields(schedule, 2, prune=0.5)
+    full = model.run(ask([1, 2], fast))
+    for start in (1, 2, 3):
+        resumed = model.run(ask([1, 2], fast, prefix=tuple(full[:start])))
+        assert all(equal(tokens_of(resumed, row), tokens_of(full, row)) for row in range(2))
+
+
+def test_pruning_next_to_nothing_is_nearly_the_whole_look(
+    model: object, ask: Callable, make_schedule: Callable
+):
+    # One token of 24 is restored: the others' features change only through the missing keys.
+    schedule = make_schedule("plain", guidance=0.0)
+    full = model.run(ask([1], schedule))
+    fast = model.run(ask([1], with_fields(schedule, 3, prune=0.05)))
+    same = (full[3].tokens == fast[3].tokens).float().mean()
+    assert same > 0.6
+
+
+def test_what_lies_far_from_the_mean_is_run_in_its_own_order():
+    x = torch.zeros(2, 6, 4)
+    x[0, 4], x[0, 1] = 5.0, -3.0
+    x[1, 0], x[1, 5] = -1.0, 2.0
+    assert worth_running(x, 0.67).tolist() == [[1, 4], [0, 5]]
+    assert run_count(6, 0.95) == 1
+    assert run_count(1, 0.9) == 1
+    assert run_count(100, 0.4) == 60
+
+
+def test_restored_features_are_the_run_ones_and_the_enlarged_earlier_ones():
+    earlier = torch.arange(4.0).view(1, 4, 1)
+    positions = torch.tensor([[0, 15]])
+    features = restore(torch.tensor([[[10.0], [20.0]]]), positions, earlier, (2, 2), (4, 4))
+    assert features[0, [0, 15], 0].tolist() == [10, 20]
+    grid = features[0, :, 0].view(4, 4)
+    assert grid[0, 3] == 1
+    assert grid[3, 0] == 2
+    assert 0 < grid[1, 1] < 3
+    torch.testing.assert_close(take(features, positions).flatten(), torch.tensor([10.0, 20.0]))
+
+
+def test_rows_of_a_batch_may_turn_by_angles_of_their_own():
+    rotation = axial_rope((3, 4), 16, 10_000.0, 64.0)
+    x = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 2, 3, 7, 11], [1, 4, 5, 6, 10]])
+    together = rotate(x, rotation.select(positions))
+    for row in range(2):
+        alone = rotate(x[row : row + 1], rotation.select(positions[row]))
+        torch.testing.assert_close(together[row : row + 1], alone, atol=0, rtol=0)
+
+
+# The words for them.
+
+
+def test_off_leaves_no_trace_in_a_schedules_text(make_schedule: Callable):
+    exact = make_schedule("plain")
+    assert "unguided" not in exact.to_text()
+    assert "prune" not in exact.to_text()
+    fast = with_fields(exact, 2, unguided=True, prune=0.5).to_text()
+    assert "\nunguided no*2 yes*2\nprune 0*2 0.5*2\n" in fast
+
+
+def test_the_first_scale_cannot_be_pruned(make_schedule: Callable):
+    with pytest.raises(
+        ValueError, match=r"prune is 0\.5 at scale 1.*begin with 0, as in `prune 0\*4 0\.4 0\.5`"
+    ):
+        with_fields(make_schedule("plain"), 0, prune=0.5)
