@@ -1,4 +1,4 @@
-"""The README's file guide is true: every file of star_core and nodes has its line, every line its file."""
+"""The README's file guide is true: every file of the packages and benchmarks has its line."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def guide() -> list[tuple[str, str]]:
 
 
 def files() -> set[str]:
-    """Return the files of both packages; what the shipped model consists of stands under one folder."""
-    rooms = ("star_core", "nodes")
+    """Return the files of these folders; what the shipped model consists of stands under one folder."""
+    rooms = ("star_core", "nodes", "benchmarks")
     every = (path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file())
     kept = (path.relative_to(ROOT) for path in every if "__pycache__" not in path.parts)
     return {path.as_posix() for path in kept if path.parts[1] != "demo"}

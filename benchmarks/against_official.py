@@ -1,0 +1,342 @@
+"""The official code and this engine on the same random weights, in turn, from the prompt to the pixels.
+
+    STAR_REFERENCE=path/to/STAR-T2I python benchmarks/against_official.py
+
+Every contender is a process of its own (the official builder patches torch for the whole process): `official`
+is the code as its sample.py runs it, `official-autocast` the same with bfloat16 autocast around everything,
+`ours-float32` and `ours-bfloat16` are this engine with weights in that precision. They take turns, so that a
+machine's moods reach all of them. First the pictures of the likeliest tokens are compared: where the float32
+ones differ, the timings mean nothing and the exit code is 1. Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from workbench import (
+    GIB,
+    PROMPT,
+    ROOT,
+    SIZES,
+    Peak,
+    build_star,
+    build_text_model,
+    config_of,
+    machine,
+    middle,
+    randomise,
+    report,
+    settle,
+    table,
+    tokenizer,
+)
+
+from star_core.config import StarConfig, token_count
+from star_core.schedule import ScalePolicy, ScaleSchedule, ramp
+from star_core.star import Options
+
+GUIDANCE = 4.0
+TOP_K, TOP_P = 4096, 0.8
+CONTENDERS = ("official", "official-autocast", "ours-float32", "ours-bfloat16")
+TOLERANCE = 1e-3
+"""Between two float32 pictures in [0, 1] of the same tokens."""
+BYTES_PER_PARAMETER = 4
+PATIENCE_FLOP = 30e12
+"""What a CPU is asked for at most per picture, some five minutes on a few cores."""
+
+
+Drawer = Callable[[str, int, bool], Tensor]
+"""Prompt, seed and whether to take the likeliest tokens -> picture (1, 3, H, W) in [0, 1]."""
+
+
+# The contenders, each in its own process
+
+
+def official_drawer(config: StarConfig, seed: int, device: torch.device, autocast: bool) -> Drawer:
+    """Build the official model with the benchmark's weights. STAR_REFERENCE names its checkout."""
+    # Before the stubs of packages that transformers would find and trust.
+    text_model, words = build_text_model(seed, torch.float32, device), tokenizer()
+    sys.path[:0] = [str(ROOT / "tests" / "parity"), os.environ["STAR_REFERENCE"]]
+    cuda_autocast = torch.cuda.amp.autocast
+    import official_pair
+
+    official_pair.stub_unused_packages()
+    if device.type == "cuda":
+        torch.cuda.amp.autocast = cuda_autocast
+    sampler = config.transformer.has_sampler
+    size = official_pair.Size(
+        config.transformer.depth,
+        tuple(side for side, _ in config.maps),
+        config.transformer.codebook_size,
+        config.transformer.text_width,
+        config.vqvae.base_channels,
+        sampler_from=9 if sampler else None,
+    )
+    vae, var = official_pair.build_official(size)
+    for module in (vae, var):
+        randomise(module, lambda name: name, seed=seed, dtype=torch.float32, device=device)
+        module.to(device)
+
+    def precision() -> AbstractContextManager[Any]:
+        if autocast:
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        # sample.py: float16 autocast for CUDA, which leaves a CPU in float32.
+        return torch.autocast("cuda", dtype=torch.float16) if device.type == "cuda" else nullcontext()
+
+    @torch.no_grad()
+    def draw(prompt: str, picture_seed: int, likeliest: bool) -> Tensor:
+        # extract_text_features of models/text_encoder.py, prompt and empty prompt at once, every time.
+        inputs = words([prompt, ""], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        mask = inputs["attention_mask"].to(device)
+        with precision() if autocast else nullcontext():
+            found = text_model(input_ids=inputs["input_ids"].to(device), attention_mask=mask)
+        with precision():
+            picture: Tensor = var.autoregressive_infer_cfg(
+                B=1,
+                label_B=None,
+                encoder_hidden_states=found.last_hidden_state,
+                encoder_attention_mask=mask,
+                encoder_pool_feat=found.pooler_output,
+                g_seed=picture_seed,
+                cfg=GUIDANCE,
+                top_k=1 if likeliest else TOP_K,
+                top_p=TOP_P,
+                w_mask=sampler and not likeliest,
+                sample_version="1024" if sampler else "new",
+            )
+        return picture
+
+    return draw
+
+
+def our_drawer(config: StarConfig, seed: int, device: torch.device, dtype: torch.dtype) -> Drawer:
+    """Build our model with the benchmark's weights."""
+    star = build_star(config, seed, dtype, device)
+    policies = tuple(ScalePolicy(top_k=1, top_p=TOP_P, guidance=t) for t in ramp(GUIDANCE, len(config.maps)))
+    likeliest_schedule = ScaleSchedule(policies, GUIDANCE, maps=config.maps)
+
+    def draw(prompt: str, picture_seed: int, likeliest: bool) -> Tensor:
+        schedule = likeliest_schedule if likeliest else None
+        return star.draw([prompt], options=Options(seed=picture_seed, schedule=schedule))
+
+    return draw
+
+
+def build(contender: str, config: StarConfig, seed: int, device: torch.device) -> Drawer:
+    if contender.startswith("official"):
+        return official_drawer(config, seed, device, contender == "official-autocast")
+    return our_drawer(config, seed, device, getattr(torch, contender.removeprefix("ours-")))
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Build one contender, then draw what the lines of stdin ask for; answer each in one line."""
+    device = torch.device(arguments.device)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the official code prints
+    torch.set_num_threads(arguments.threads)
+    draw = build(arguments.worker, config_of(arguments.size), arguments.seed, device)
+    peak = Peak(device)
+    answers.write(json.dumps(machine(device)) + "\n")
+    answers.flush()
+    for line in sys.stdin:
+        order = json.loads(line)
+        peak.reset()
+        settle(device)
+        began = time.perf_counter()
+        picture = draw(order["prompt"], order["seed"], order["likeliest"])
+        settle(device)
+        seconds = time.perf_counter() - began
+        if order["keep"]:
+            torch.save(picture.float().cpu(), order["keep"])
+        answers.write(json.dumps({"seconds": seconds, "peak": peak.read()}) + "\n")
+        answers.flush()
+
+
+# The referee
+
+
+class Contender:
+    """A process that draws on demand."""
+
+    def __init__(self, name: str, size: str, arguments: argparse.Namespace, folder: Path) -> None:
+        self.name = name
+        self._folder = folder
+        command = [sys.executable, __file__, "--worker", name, "--size", size]
+        command += ["--device", arguments.device, "--threads", str(arguments.threads)]
+        command += ["--seed", str(arguments.seed)]
+        self._log = folder / f"{size}-{name}.log"
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log.open("w"),
+            text=True,
+        )
+        self.machine = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended: {self._log.read_text()[-2000:]}")
+        return dict(json.loads(line))
+
+    def draw(self, seed: int, *, likeliest: bool = False) -> tuple[dict[str, Any], Tensor]:
+        """Return seconds and peak bytes, and the picture."""
+        kept = self._folder / f"{self.name}.pt"
+        order = {"prompt": PROMPT, "seed": seed, "likeliest": likeliest, "keep": str(kept)}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return self._answer(), torch.load(kept, weights_only=True)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def flop_of(config: StarConfig) -> float:
+    """Return roughly what one guided picture takes: every weight twice per token and row, and the decoder."""
+    t = config.transformer
+    weights = t.depth * 15 * t.width**2 + t.width * t.codebook_size
+    pixels = config.resolution[0] * config.resolution[1]
+    # official-star.md section 7: 6.46 TFLOP for a decoded megapixel.
+    return 2 * 2 * weights * token_count(config.maps) + 6.46e12 * pixels / 2**20
+
+
+def weight_bytes(config: StarConfig) -> int:
+    """Return roughly the bytes of one float32 model with its text encoder."""
+    t = config.transformer
+    parameters = (t.depth + t.sampler_depth) * 17 * t.width**2 + 110_000_000 + 340_000_000
+    return parameters * BYTES_PER_PARAMETER
+
+
+def too_large(config: StarConfig, device: torch.device) -> str | None:
+    """Return why a size is left out here, or None. Three models are held at once on a CPU: 1 + 1 + 1/2."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        held = 4 * weight_bytes(config) + 12 * GIB
+        return f"{held / GIB:.0f} GiB of GPU memory" if held > free else None
+    held = 4 * weight_bytes(config)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if held > free:
+        return f"{held / GIB:.0f} GiB of memory, {free / GIB:.0f} are free"
+    if flop_of(config) > PATIENCE_FLOP:
+        return f"{flop_of(config) / 1e12:.0f} TFLOP a picture"
+    return None
+
+
+def compare(size: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Let all contenders draw one size in turn; return what was measured."""
+    contenders = [Contender(name, size, arguments, folder) for name in CONTENDERS]
+    try:
+        likeliest = {c.name: c.draw(0, likeliest=True) for c in contenders}
+        cold = {name: round(answer["seconds"], 3) for name, (answer, _) in likeliest.items()}
+        reference = likeliest["official"][1]
+        differences = {
+            name: float((picture - reference).abs().max())
+            for name, (_, picture) in likeliest.items()
+            if name != "official"
+        }
+        runs: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders}
+        for turn in range(arguments.rounds):
+            for contender in contenders:
+                runs[contender.name].append(contender.draw(1 + turn)[0])
+    finally:
+        for contender in contenders:
+            contender.close()
+    warm = {name: middle([run["seconds"] for run in some]) for name, some in runs.items()}
+    peaks = {name: max(run["peak"] for run in some) for name, some in runs.items()}
+    return {
+        "size": size,
+        "machine": contenders[0].machine,
+        "cold_seconds": cold,
+        "warm_seconds": warm,
+        "all_seconds": {name: [round(run["seconds"], 3) for run in some] for name, some in runs.items()},
+        "peak_gib": {name: round(peak / GIB, 2) for name, peak in peaks.items()},
+        "ratios": ratios(runs, peaks),
+        "greedy_picture_difference": {name: round(d, 6) for name, d in differences.items()},
+        "agree": differences["ours-float32"] <= TOLERANCE,
+    }
+
+
+def ratios(runs: dict[str, list[dict[str, Any]]], peaks: dict[str, int]) -> dict[str, float]:
+    """Return how many times as fast, and how much of the memory: medians of the rounds' own ratios."""
+
+    def faster(ours: str, theirs: str) -> float:
+        return middle(
+            [b["seconds"] / a["seconds"] for a, b in zip(runs[ours], runs[theirs], strict=True)], digits=2
+        )
+
+    found = {}
+    for ours in ("ours-float32", "ours-bfloat16"):
+        for theirs in ("official", "official-autocast"):
+            found[f"{ours} is faster than {theirs} by"] = faster(ours, theirs)
+    found["ours-bfloat16 peak of official's"] = round(peaks["ours-bfloat16"] / peaks["official"], 2)
+    found["ours-float32 peak of official's"] = round(peaks["ours-float32"] / peaks["official"], 2)
+    return found
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    rows = [["", "cold s", "warm s", "peak GiB", "greedy picture differs by"]]
+    for name in CONTENDERS:
+        difference = result["greedy_picture_difference"].get(name)
+        rows.append(
+            [
+                name,
+                f"{result['cold_seconds'][name]:.2f}",
+                f"{result['warm_seconds'][name]:.2f}",
+                f"{result['peak_gib'][name]:.2f}",
+                "" if difference is None else f"{difference:.1e}",
+            ]
+        )
+    yield f"{result['size']}, batch 1, seeds 1.., {result['machine']}"
+    yield from table(rows)
+    for name, ratio in result["ratios"].items():
+        yield f"{name} {ratio}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--size", choices=SIZES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if "STAR_REFERENCE" not in os.environ:
+        parser.error("STAR_REFERENCE must name a checkout of Davinci-XLab/STAR-T2I")
+    if arguments.worker:
+        serve(arguments)
+        return 0
+    results, left_out = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in arguments.sizes:
+            if reason := too_large(config_of(size), torch.device(arguments.device)):
+                left_out[size] = reason
+                print(f"{size}: left out, it needs {reason}", file=sys.stderr)
+                continue
+            result = compare(size, arguments, Path(folder))
+            print("\n".join(lines(result)), file=sys.stderr)
+            results.append(result)
+    report({"benchmark": "against_official", "results": results, "left_out": left_out})
+    return 0 if all(result["agree"] for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

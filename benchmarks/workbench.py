@@ -1,0 +1,192 @@
+"""What the benchmarks share: random models of the released sizes, the machine's name, peak memory.
+
+Speed does not depend on what the weights say, so that no download is needed: every tensor follows from its
+official name and a seed, and whoever fills the official modules by the same rule has the same model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import resource
+import statistics
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from star_core.checkpoint import Networks  # noqa: E402
+from star_core.config import PRESETS, StarConfig  # noqa: E402
+from star_core.key_tables import STAR_KEYS, VQVAE_KEYS  # noqa: E402
+from star_core.star import SHIPPED, Star  # noqa: E402
+from star_core.text_encoder import TextEncoder, load_tokenizer  # noqa: E402
+from star_core.vqvae import LAYOUT, VQVAE  # noqa: E402
+from star_core.weights import build_on_meta  # noqa: E402
+
+SIZES = {
+    "d16-256": "star-256-d16",
+    "d30-256": "star-256-d30",
+    "d30-512": "star-512-d30",
+    "d30-1024": "star-1024-d30",
+    "d30-1024-sampler": "star-1024-d30-sampler",
+}
+PROMPT = "a red fox reading a newspaper in the morning light"
+SD21_TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+"""Stable Diffusion 2.1's text tower (OpenCLIP ViT-H/14), which the released checkpoints read."""
+GIB = 2**30
+
+
+def config_of(size: str) -> StarConfig:
+    """Return the released configuration of a benchmark's size."""
+    return PRESETS[SIZES[size]]
+
+
+def value(official: str, shape: Sequence[int], seed: int) -> Tensor:
+    """Return the parameter with this official name: unit activations, and tokens that differ."""
+    generator = torch.Generator().manual_seed(zlib.crc32(official.encode()) + seed)
+    x = torch.empty(tuple(shape)).normal_(generator=generator)
+    if official.endswith("scale_mul_1H11"):
+        return x.mul_(0.3).add_(1.4)
+    if x.ndim <= 1:
+        return x.mul_(0.1).add_(1.0 if "norm" in official and official.endswith("weight") else 0.0)
+    if any(part in official for part in ("pos_start", "lvl_embed", "quantize.embedding")):
+        return x.mul_(0.5)
+    # The picture so far must weigh more than its prompt, or every position gets the same token.
+    gain = 3.0 if official.startswith("head_logits") else 6.0 if "word_embed" in official else 1.0
+    return x.mul_(gain / math.sqrt(x[0].numel()))
+
+
+def randomise(
+    module: nn.Module,
+    official_name: Callable[[str], str | None],
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """Give every parameter of a module on meta its value, one at a time: never two copies of a model."""
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            official = official_name(f"{path}.{name}" if path else name)
+            assert official is not None, f"no official name for {path}.{name}"
+            kept = torch.float32 if name.endswith(("log_scale", "scale_mul_1H11")) else dtype
+            filled = value(official, parameter.shape, seed).to(device=device, dtype=kept)
+            setattr(owner, name, nn.Parameter(filled, requires_grad=False))
+
+
+def build_text_model(seed: int, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """Return transformers' CLIPTextModel of Stable Diffusion 2.1's size, with random weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = build_on_meta(lambda: CLIPTextModel(CLIPTextConfig(**SD21_TEXT)))
+    inner = getattr(model, "text_model", model)
+    randomise(inner, lambda name: f"text.{name}", seed=seed, dtype=dtype, device=device)
+    inner.embeddings.position_ids = torch.arange(SD21_TEXT["max_position_embeddings"], device=device)[None]
+    return model.eval()
+
+
+def tokenizer() -> Any:
+    return load_tokenizer(SHIPPED / "tokenizer")
+
+
+def build_star(config: StarConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> Star:
+    """Return a model of this configuration with random weights."""
+    networks = build_on_meta(lambda: Networks(config.transformer))
+    vqvae = build_on_meta(lambda: VQVAE(config.vqvae))
+    randomise(networks, STAR_KEYS.official, seed=seed, dtype=dtype, device=device)
+    randomise(vqvae, VQVAE_KEYS.official, seed=seed, dtype=dtype, device=device)
+    text = TextEncoder(build_text_model(seed, dtype, device), tokenizer())
+    return Star(
+        config,
+        networks.transformer.eval(),
+        networks.causal_sampler,
+        vqvae.eval().to(memory_format=LAYOUT),
+        text,
+        torch.device(device),
+    )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what a figure has to name beside batch and seed."""
+    facts: dict[str, Any] = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+class Peak:
+    """The most memory held since `reset`: of the process, or on the GPU by its tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def reset(self) -> None:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            # Linux forgets the process's high-water mark; elsewhere it is that of its whole life.
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> int:
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def middle(numbers: Sequence[float], digits: int = 4) -> float:
+    return round(statistics.median(numbers), digits)
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield rows as lines of aligned columns."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the one JSON line that a benchmark ends in."""
+    print(json.dumps(result, ensure_ascii=False))
