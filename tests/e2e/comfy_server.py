@@ -23,6 +23,10 @@ from star_core.vqvae import VQVAE
 from star_core.weights import save_vqvae
 
 PACK = Path(__file__).resolve().parents[2]
+sys.path.append(str(PACK / "tests"))
+
+from comfyui_place import MISSING, find_comfyui, find_python  # noqa: E402
+
 PACK_NAME = "comfyui-star"
 SIDES = (1, 2, 3, 4, 6, 8)
 CODEBOOK = 256
@@ -47,10 +51,10 @@ class Comfy:
 
 def find_comfy() -> Comfy | str:
     """Return ComfyUI as the environment names it, or one line that says what is missing."""
-    path = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
-    if not (path / "main.py").is_file():
-        return f"no ComfyUI at {path}: set COMFYUI_PATH to a checkout"
-    python = os.environ.get("COMFYUI_PYTHON") or sys.executable
+    path = find_comfyui()
+    if path is None:
+        return MISSING
+    python = find_python(path)
     probe = subprocess.run(
         [python, "-c", "import aiohttp, comfyui_frontend_package"], capture_output=True, text=True
     )
@@ -103,11 +107,15 @@ def write_tiny_model(folder: Path) -> None:
 
 
 class Server:
-    """ComfyUI in a process of its own, with a base directory that is thrown away."""
+    """ComfyUI in a process of its own, with a base directory that is thrown away.
 
-    def __init__(self, comfy: Comfy, base: Path) -> None:
+    options: more of ComfyUI's command line.
+    """
+
+    def __init__(self, comfy: Comfy, base: Path, options: tuple[str, ...] = ()) -> None:
         self.comfy = comfy
         self.base = base
+        self.options = options
         self.log = base / "server.log"
         for name in ("custom_nodes", "input", "output", "user", "temp"):
             (base / name).mkdir(parents=True)
@@ -123,6 +131,7 @@ class Server:
         command = [self.comfy.python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--disable-auto-launch", "--base-directory", str(self.base)]
         command += ["--database-url", f"sqlite:///{self.base}/user/comfyui.db", "--preview-method", "auto"]
+        command += self.options
         quiet = {
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",

@@ -1,14 +1,9 @@
-"""A ComfyUI process with the pack in it, a tiny checkpoint for it, and prompts to run there.
-
-ComfyUI is found by COMFYUI_PATH, else in comfy-cli's default workspace; its interpreter by COMFYUI_PYTHON,
-else in a virtual environment inside the workspace, else it is the one that runs the tests.
-"""
+"""A ComfyUI process with the pack in it, a tiny checkpoint for it, and prompts to run there."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,29 +21,15 @@ from star_core.vqvae import VQVAE
 from star_core.weights import save_vqvae
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests"))
+
+from comfyui_place import MISSING, find_comfyui, find_python  # noqa: E402
+
 SIDES = (1, 2, 3, 4, 6, 8)
 SCHEDULE = "guidance ramp 1; temperature 2"
 """Hot, so that two seeds never draw the same map: random weights are sure of themselves for no reason."""
 NARROW = 64
 """Width of the text states of the checkpoint `narrow`."""
-MISSING = "no ComfyUI: set COMFYUI_PATH (and COMFYUI_PYTHON) to run the tests of the nodes inside it"
-
-
-def find_comfyui() -> Path | None:
-    """Return ComfyUI's folder, None where there is none."""
-    named = os.environ.get("COMFYUI_PATH")
-    place = Path(named).expanduser() if named else Path.home() / "comfy" / "ComfyUI"
-    if named and not (place / "execution.py").is_file():
-        raise pytest.UsageError(f"COMFYUI_PATH is {named}, where no ComfyUI is")
-    return place if (place / "execution.py").is_file() else None
-
-
-def find_python(comfyui: Path) -> str:
-    """Return the interpreter that has ComfyUI's requirements."""
-    if named := os.environ.get("COMFYUI_PYTHON"):
-        return named
-    inside = [comfyui / e / b for e in (".venv", "venv") for b in ("bin/python", "Scripts/python.exe")]
-    return next((str(path) for path in inside if path.is_file()), sys.executable)
 
 
 class Comfy:
