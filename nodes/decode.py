@@ -27,7 +27,8 @@ class StarVQDecode(io.ComfyNode):
             category=sockets.CATEGORY,
             description=(
                 "Decodes tokens to pictures with the VQ-VAE, all scales or the first ones only. Where memory is"
-                " short it decodes one picture at a time, then in tiles, with a warning."
+                " short it decodes one picture at a time, then in strips (the same picture, slower), then in"
+                " tiles (a near one), each with a warning."
             ),
             inputs=[
                 sockets.VQVAE.Input("vqvae", tooltip="The VQ-VAE of the Load STAR that the tokens come from."),
@@ -86,7 +87,7 @@ def images(
     ways = (
         [("in tiles", _by_tiles)]
         if tiled
-        else [("whole", _whole), ("one by one", _singly), ("in tiles", _by_tiles)]
+        else [("whole", _whole), ("one by one", _singly), ("in strips", _by_strips), ("in tiles", _by_tiles)]
     )
     with host.interruptible(network):
         for (name, way), (following, _) in zip(ways, [*ways[1:], ("", None)], strict=True):
@@ -120,6 +121,12 @@ def _singly(network: Any, f_hat: Tensor, device: Any) -> Tensor:
     import torch
 
     return torch.cat([_whole(network, picture, device) for picture in f_hat.split(1)])
+
+
+def _by_strips(network: Any, f_hat: Tensor, device: Any) -> Tensor:
+    import torch
+
+    return torch.cat([_as_image(network.pictures(one.to(device), sliced=True)) for one in f_hat.split(1)])
 
 
 def _by_tiles(network: Any, f_hat: Tensor, device: Any) -> Tensor:

@@ -23,9 +23,9 @@ INITIAL_LOG_SCALE = math.log(4)
 class LayerCache:
     """Keys and values (R, H, capacity, head_width) of the scales that one block has seen."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
         self.filled = 0
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.layers = tuple(LayerCache(shape, dtype, device) for _ in range(depth))
+        # One piece: allocators give a large one back as a whole, small ones stay in their pools.
+        whole = torch.empty((depth, 2, *shape), dtype=dtype, device=device)
+        self.layers = tuple(LayerCache(keys, values) for keys, values in whole)
 
 
 class TextKeys(NamedTuple):

@@ -176,6 +176,7 @@ def load_for(args: argparse.Namespace) -> Star:
         preset=args.preset,
         dtype=getattr(torch, args.dtype),
         device=pick_device(args.device),
+        int8=args.int8,
     )
 
 
@@ -202,7 +203,7 @@ def _draw_batch(star: Star, plan: SamplePlan, jobs: Sequence[Job]) -> Iterator[P
     )
     request = star.request([job.prompt for job in jobs], plan.negative, options)
     steps = list(_with_bar(star.run(request), len(request.maps), plan.quiet))
-    images = to_images(star.decode(steps[-1].f_hat))
+    images = to_images(star.decode(steps[-1].f_hat, sliced=plan.arguments.low_memory))
     text = request.schedule.to_text()
     height, width = images[0].height, images[0].width
     for job, image in zip(jobs, images, strict=True):
@@ -212,7 +213,7 @@ def _draw_batch(star: Star, plan: SamplePlan, jobs: Sequence[Job]) -> Iterator[P
         save_png(image, job.path, recipe)
         yield job.path
     if plan.strip:
-        stages = [to_images(star.decode(step.f_hat)) for step in steps]
+        stages = [to_images(star.decode(step.f_hat, sliced=plan.arguments.low_memory)) for step in steps]
         for row, job in enumerate(jobs):
             path = job.path.with_name(f"{job.path.stem}-scales.png")
             strip([stage[row] for stage in stages]).save(path)

@@ -171,9 +171,12 @@ class Star:
         *_, last = self.generate(prompts, negative, options)
         return self.decode(last.f_hat)
 
-    def decode(self, f_hat: Tensor) -> Tensor:
-        """Return the pictures (B, 3, H, W) in [0, 1] of f_hat (B, D, h, w), of any scale's step."""
-        return self.vqvae.pictures(f_hat.to(self.device))
+    def decode(self, f_hat: Tensor, *, sliced: bool = False) -> Tensor:
+        """Return the pictures (B, 3, H, W) in [0, 1] of f_hat (B, D, h, w), of any scale's step.
+
+        sliced: in strips: the same pictures in less memory, and later.
+        """
+        return self.vqvae.pictures(f_hat.to(self.device), sliced=sliced)
 
     def encode_image(self, pictures: Tensor) -> tuple[ScaleStep, ...]:
         """Return pictures (B, 3, H, W) in [0, 1] as finished scales, to restart or keep tokens from.
@@ -252,16 +255,19 @@ def load(
     preset: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    int8: bool = False,
 ) -> Star:
     """Load a model: a folder with star.safetensors, vqvae.safetensors and text_encoder/, a single
     transformer file beside such files, or the shipped model (None).
 
     vqvae, text_encoder and tokenizer name files elsewhere. preset is needed only where the transformer's
-    file does not say what it is. Raises ValueError naming file, key and remedy.
+    file does not say what it is. dtype is that of all weights and activations. int8 keeps the weights of
+    transformer and causal sampler in 8 bits, a fast mode that changes the picture.
+    Raises ValueError naming file, key and remedy.
     """
     files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)
     device = torch.device(device)
-    config, networks = load_networks(files.star, preset_name=preset, dtype=dtype, device=device)
+    config, networks = load_networks(files.star, preset_name=preset, dtype=dtype, device=device, int8=int8)
     return Star(
         config,
         networks.transformer,
@@ -270,7 +276,7 @@ def load(
         load_text_encoder(
             files.text_encoder,
             tokenizer=Path(tokenizer) if tokenizer is not None else None,
-            dtype=torch.float32,
+            dtype=dtype,
             device=device,
         ),
         device,

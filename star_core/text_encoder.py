@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .key_tables import KeyTable
@@ -50,7 +51,7 @@ _HEAD_WIDTH = 64
 class TextStates:
     """What the transformer reads of N prompts of L positions at text width T.
 
-    hidden (N, L, T) float32: tau, the last states after the final LayerNorm, padding included.
+    hidden (N, L, T) float32: tau, the last states after the final LayerNorm, zeros at padding.
     mask (N, L) bool: True where a token stands, False on padding.
     pooled (N, T) float32: eta, the state at the end-of-text token, without projection.
     """
@@ -96,11 +97,14 @@ class TextEncoder(nn.Module):
             raise ValueError("encode needs at least one prompt; the empty one is [''].")
         ids, mask = self.tokenize(prompts)
         device = next(self.model.parameters()).device
+        # The tower looks back alone (its mask is causal): what stands behind the longest text changes nothing.
+        longest = int(mask.sum(dim=1).max())
         ids, mask = ids.to(device), mask.to(device)
-        found = self.model(input_ids=ids, attention_mask=mask.long())
-        hidden = cast(Tensor, found.last_hidden_state)
+        found = self.model(input_ids=ids[:, :longest], attention_mask=mask[:, :longest].long())
+        hidden = cast(Tensor, found.last_hidden_state).float().masked_fill(~mask[:, :longest, None], 0)
         pooled = cast(Tensor, found.pooler_output)
-        return TextStates(hidden.float(), mask, pooled.float())
+        padded = F.pad(hidden, (0, 0, 0, self.positions - longest))
+        return TextStates(padded, mask, pooled.float())
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return token ids (N, L) int64, padded, and their mask (N, L) bool."""

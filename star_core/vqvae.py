@@ -5,6 +5,7 @@ Pictures are (B, 3, H, W) in [-1, 1]; features are (B, D, H / f, W / f) with f =
 
 from __future__ import annotations
 
+import contextlib
 from types import ModuleType
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from .config import VQVAEConfig
 from .quantizer import MultiScaleQuantizer
+from .slices import enlarged_conv, in_strips, norm_silu_conv, worth_slicing
 
 NORM_EPS = 1e-6
 LAYOUT = torch.channels_last
-"""Of pictures and weights: a quarter faster than channels first on CPUs, in float32 and bfloat16 (NOTES.md)."""
+"""Of pictures and features: a quarter faster than channels first on CPUs (NOTES.md)."""
 
 
 class ResidualBlock(nn.Module):
@@ -35,10 +37,21 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to (B, C', h, w)."""
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        if worth_slicing(x):
+            return self._in_strips(x)
+        in_place = not torch.is_grad_enabled()
+        h: Tensor = self.conv1(F.silu(self.norm1(x), inplace=in_place))
+        h = F.silu(self.norm2(h), inplace=in_place)
+        h = self.conv2(h)
         shortcut: Tensor = self.shortcut(x)
-        return shortcut + h
+        return h.add_(shortcut) if in_place else shortcut + h
+
+    def _in_strips(self, x: Tensor) -> Tensor:
+        """Map as `forward` does, in place where the channels stay the same: nobody reads x afterwards."""
+        channels = self.norm2.num_channels
+        h = norm_silu_conv(x, self.norm1, self.conv1, channels=channels)
+        shortcut: Tensor = self.shortcut(x)
+        return norm_silu_conv(h, self.norm2, self.conv2, channels=channels, onto=shortcut)
 
 
 class SpatialAttention(nn.Module):
@@ -81,6 +94,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to (B, C, 2 h, 2 w)."""
+        if worth_slicing(x, 2):
+            return enlarged_conv(x, self.conv)
         doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return doubled
 
@@ -189,6 +204,8 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(features))
         for level in reversed(self.up):
             x = level(x)
+        if worth_slicing(x):
+            return norm_silu_conv(x, self.norm_out, self.conv_out, channels=3)
         pictures: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return pictures
 
@@ -225,6 +242,10 @@ class VQVAE(nn.Module):
         return pictures.float().clamp(-1, 1)  # type: ignore[no-any-return]  # Module call: Any
 
     @torch.no_grad()
-    def pictures(self, f_hat: Tensor) -> Tensor:
-        """Return the pictures (B, 3, h * f, w * f) in [0, 1] of f_hat (B, D, h, w), of any scale's step."""
-        return (self.decode(f_hat) + 1) / 2
+    def pictures(self, f_hat: Tensor, *, sliced: bool = False) -> Tensor:
+        """Return the pictures (B, 3, h * f, w * f) in [0, 1] of f_hat (B, D, h, w), of any scale's step.
+
+        sliced: in strips, which takes less memory and longer, and gives the same pictures (`slices`).
+        """
+        with in_strips() if sliced else contextlib.nullcontext():
+            return (self.decode(f_hat) + 1) / 2

@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--packages", type=Path, default=Path("build/packages"))
     parser.add_argument("--cache", type=Path, default=Path("build/eval"), help="features of real pictures")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--int8", action="store_true", help="8-bit weights, a fast mode")
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE", help="draw the 48 fixed prompts by the last schedule"
     )
@@ -97,7 +99,9 @@ def marked(file: Path) -> str:
 
 def _artist(args: argparse.Namespace) -> Artist:
     """Return the model that --model names, the shipped one without it."""
-    return StarArtist(load(args.model, device=args.device), args.size)
+    return StarArtist(
+        load(args.model, dtype=getattr(torch, args.dtype), device=args.device, int8=args.int8), args.size
+    )
 
 
 def _real_side(args: argparse.Namespace, extent: Extent, features_of: FeatureFunction) -> RealSide:

@@ -61,7 +61,7 @@ def test_a_cached_forward_equals_an_uncached_one(tiny: Callable, texts: Callable
 
 
 def test_the_last_scale_is_never_stored():
-    cache = LayerCache((1, 1, 3, 4), torch.float32, CPU)
+    cache = LayerCache(torch.empty(1, 1, 3, 4), torch.empty(1, 1, 3, 4))
     parts = [torch.randn(1, 1, n, 4) for n in (1, 2, 5)]
     for part in parts:
         keys, values = cache.extend(part, -part)

@@ -45,6 +45,15 @@ def test_precision_is_the_weights_dtype(comfy, prompt, precision):
     assert len(ran.tokens()) == SCALES
 
 
+def test_int8_is_the_engine_with_8_bit_weights(comfy, prompt, models):
+    exact = comfy.run(prompt(seed=530)).tokens()
+    ran = comfy.run(prompt(seed=530).change("load", precision="int8"))
+    assert ran.tokens() != exact
+    small = load(models / "tiny", int8=True)
+    steps = small.generate(["a red apple"], options=Options(seed=530))
+    assert ran.tokens() == [step.tokens.tolist() for step in steps]
+
+
 def test_the_schedule_reaches_the_engine(comfy, prompt, star):
     graph = prompt().add("schedule", "StarScaleSchedule", schedule="top_k 1\nguidance 2", model=["load", 0])
     graph = graph.change("sample", schedule=["schedule", 0])

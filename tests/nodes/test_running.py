@@ -115,7 +115,18 @@ def test_where_even_a_tile_does_not_fit_the_error_is_the_user_s(comfy, prompt):
     ran = comfy.run(graph, faults={"largest_side": 1})
     assert not ran.ok
     assert ran.error_node == "decode"
-    assert ran.count["decoded"] == 3
+    assert ran.count["decoded"] == 4
+    assert [text for _, text in ran.texts if "memory" in text] == [
+        f"⚠ out of memory decoding {way}: trying {following}"
+        for way, following in (("whole", "one by one"), ("one by one", "in strips"), ("in strips", "in tiles"))
+    ]
+
+
+def test_tiled_decoding_of_a_map_that_fits_one_tile_is_the_whole_picture(comfy, prompt):
+    graph = prompt(seed=520)
+    graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0]).probe("decode", name="image")
+    whole = comfy.run(graph).array("image")
+    assert abs(comfy.run(graph.change("decode", tiled=True)).array("image") - whole).max() < 1e-5
 
 
 def test_dynamic_memory_s_layers_are_filled_like_any_others(comfy, models):

@@ -1,0 +1,74 @@
+"""8-bit weights: linear layers with a byte per weight, a fast mode that the loader switches on.
+
+Every output channel has its own scale, so that its largest weight becomes 127; activations are rounded to 8
+bits token by token while they are multiplied (W8A8), where the processor multiplies bytes faster than halves.
+Where it does not, the weights are made whole again for each product. The heads, whose logits decide tokens,
+stay as they are. What it gains and costs is measured in NOTES.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EXACT = ("head",)
+"""Names of layers that keep their weights."""
+LEAST_ROWS = {"cpu": 1, "cuda": 17}
+"""Tokens from which a device multiplies bytes; CUDA's kernel wants more than 16."""
+MULTIPLE = 8
+"""Sides of a matrix that the byte kernels take."""
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights (out, in) in int8 and a float32 scale per output channel."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, whole: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = whole.in_features, whole.out_features
+        exact = whole.weight.detach().float()
+        scale = exact.abs().amax(dim=1).clamp_min(1e-12) / 127
+        rounded = (exact / scale.unsqueeze(1)).round().to(torch.int8)
+        self.register_buffer("weight", rounded)
+        self.register_buffer("scale", scale)
+        self.bias = whole.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out) in the dtype of x."""
+        rows = x.reshape(-1, self.in_features)
+        made = self._by_bytes(rows) if self._has_bytes(rows) else self._whole(rows)
+        return made.view(*x.shape[:-1], self.out_features)
+
+    def _has_bytes(self, rows: Tensor) -> bool:
+        least = LEAST_ROWS.get(rows.device.type)
+        fits = self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
+        return least is not None and len(rows) >= least and fits and hasattr(torch, "_int_mm")
+
+    def _by_bytes(self, rows: Tensor) -> Tensor:
+        exact = rows.float()
+        step = exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        rounded = (exact / step).round_().to(torch.int8)
+        sums: Tensor = torch._int_mm(rounded, self.weight.t())
+        made = sums.float().mul_(step).mul_(self.scale)
+        if self.bias is not None:
+            made += self.bias
+        return made.to(rows.dtype)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        bias = self.bias.to(rows.dtype) if self.bias is not None else None
+        weight = self.weight.to(rows.dtype) * self.scale.to(rows.dtype).unsqueeze(1)
+        return F.linear(rows, weight, bias)
+
+
+def quantize_linears(module: nn.Module) -> nn.Module:
+    """Replace the linear layers below a module, heads apart, one at a time; return the module."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            if name not in EXACT:
+                setattr(module, name, Int8Linear(child))
+        else:
+            quantize_linears(child)
+    return module

@@ -1,0 +1,134 @@
+"""Convolutions over large feature maps, a few rows at a time, with the same result as in one go.
+
+What a tile of a picture cannot know is only the normalisation: its mean and deviation are taken over the whole
+map first. Then normalise, activate and convolve go strip by strip, each with the rows above and below that the
+kernel sees. Whole maps exist only as input and output of a layer. It takes longer, and is for where memory is
+short. Inference alone: training needs the whole map's graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+STRIP = {"cpu": 1 << 21, "cuda": 1 << 25}
+"""Elements of one strip: what a CPU's cache holds, what fills a GPU. Smaller maps are computed whole."""
+
+_sliced: ContextVar[bool] = ContextVar("sliced", default=False)
+
+
+@contextlib.contextmanager
+def in_strips() -> Iterator[None]:
+    """Compute large maps in strips within the block, in this thread."""
+    token = _sliced.set(True)
+    try:
+        yield
+    finally:
+        _sliced.reset(token)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows top..bottom of a map, and how many rows of its neighbours lie above and below them."""
+
+    top: int
+    bottom: int
+    above: int
+    below: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the rows of x (B, C, h, w), its neighbours' included."""
+        return x[:, :, self.top - self.above : self.bottom + self.below]
+
+    def inner(self, y: Tensor, scale: int = 1) -> Tensor:
+        """Return the strip's own rows of what its rows became, `scale` times as high."""
+        return y[:, :, self.above * scale : y.shape[2] - self.below * scale]
+
+    def rows(self, scale: int = 1) -> slice:
+        """Return where those rows belong."""
+        return slice(self.top * scale, self.bottom * scale)
+
+
+def worth_slicing(x: Tensor, scale: int = 1) -> bool:
+    """Whether a map x (B, C, h, w), to become `scale` times as high and wide, is computed in strips."""
+    return _sliced.get() and not torch.is_grad_enabled() and x.numel() * scale * scale > _most(x)
+
+
+def strips(x: Tensor, scale: int = 1) -> Iterator[Strip]:
+    """Yield strips of a map x (B, C, h, w) from top to bottom, with a row of each neighbour."""
+    height = x.shape[2]
+    rows = max(1, _most(x) // (x.numel() // height * scale * scale))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        yield Strip(top, bottom, min(1, top), min(1, height - bottom))
+
+
+def _most(x: Tensor) -> int:
+    return STRIP.get(x.device.type, STRIP["cuda"])
+
+
+def norm_silu_conv(
+    x: Tensor, norm: nn.GroupNorm, conv: nn.Module, *, channels: int, onto: Tensor | None = None
+) -> Tensor:
+    """Return conv(silu(norm(x))) of x (B, C, h, w) for a 3x3 convolution to `channels`, in strips.
+
+    onto (B, channels, h, w): another map that the result is added to, in its place.
+    """
+    scale, shift = _affine(x, norm)
+    out = _empty_like(x, channels, x.shape[2], x.shape[3]) if onto is None else onto
+    for strip in strips(x):
+        normalised = torch.addcmul(shift, strip.of(x).float(), scale)
+        made = strip.inner(conv(F.silu(normalised, inplace=True).to(x.dtype)))
+        if onto is None:
+            out[:, :, strip.rows()] = made
+        else:
+            out[:, :, strip.rows()] += made
+    return out
+
+
+def enlarged_conv(x: Tensor, conv: nn.Module) -> Tensor:
+    """Return the 3x3 convolution of x (B, C, h, w) after doubling its sides, in strips."""
+    out = _empty_like(x, x.shape[1], 2 * x.shape[2], 2 * x.shape[3])
+    for strip in strips(x, 2):
+        doubled = F.interpolate(strip.of(x), scale_factor=2.0, mode="nearest")
+        out[:, :, strip.rows(2)] = strip.inner(conv(doubled), 2)
+    return out
+
+
+def _affine(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """Return scale and shift (B, C, 1, 1), float32, with which x * scale + shift is norm(x)."""
+    counts, means, variances = [], [], []
+    for strip in strips(x):
+        rows = x[:, :, strip.rows()].float()
+        grouped = rearrange(rows, "b (g c) h w -> b g (c h w)", g=norm.num_groups)
+        variance, mean = torch.var_mean(grouped, dim=-1, correction=0)
+        counts.append(strip.bottom - strip.top)
+        means.append(mean.double())
+        variances.append(variance.double())
+    weights = torch.tensor(counts, dtype=torch.float64, device=x.device)[:, None, None] / x.shape[2]
+    mean = (weights * torch.stack(means)).sum(0)
+    spread = (torch.stack(means) - mean).square()
+    variance = (weights * (torch.stack(variances) + spread)).sum(0)
+    deviation = (variance + norm.eps).rsqrt().float()
+    each = x.shape[1] // norm.num_groups
+    own = (
+        norm.weight.to(device=x.device, dtype=torch.float32),
+        norm.bias.to(device=x.device, dtype=torch.float32),
+    )
+    scale = deviation.repeat_interleave(each, dim=1) * own[0]
+    shift = own[1] - mean.float().repeat_interleave(each, dim=1) * scale
+    return rearrange(scale, "b c -> b c 1 1"), rearrange(shift, "b c -> b c 1 1")
+
+
+def _empty_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = (x.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)

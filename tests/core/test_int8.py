@@ -1,0 +1,106 @@
+"""8-bit weights: what a product loses, what stays exact, and that nobody gets them unasked."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from star_core import int8
+from star_core.int8 import Int8Linear, quantize_linears
+from star_core.star import Options, load
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_linear(inside: int, outside: int, *, bias: bool = True) -> nn.Linear:
+    linear = nn.Linear(inside, outside, bias=bias)
+    # Channels of very different sizes: one scale for all would lose the small ones.
+    linear.weight.data = random(outside, inside) * torch.logspace(-3, 1, outside)[:, None] / inside**0.5
+    return linear.requires_grad_(False)
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_within_two_percent_in_every_channel(bias: bool, dtype: torch.dtype):
+    linear = some_linear(256, 64, bias=bias)
+    ours = Int8Linear(linear)
+    x = random(3, 40, 256, seed=1)
+    # One token a hundred times as large as the others: every token has its own step.
+    x[0, 0] *= 100
+    got, exact = ours(x.to(dtype)), linear(x)
+    assert got.dtype == dtype
+    for channel in range(64):
+        assert relative_error(got[1:, :, channel].float(), exact[1:, :, channel]) < 0.02
+    assert relative_error(got[0, 0].float(), exact[0, 0]) < 0.02
+
+
+def test_a_device_without_byte_products_makes_the_weights_whole(monkeypatch: pytest.MonkeyPatch):
+    linear = some_linear(64, 32)
+    ours, x = Int8Linear(linear), random(5, 64, seed=2)
+    by_bytes = ours(x)
+    monkeypatch.setitem(int8.LEAST_ROWS, "cpu", 17)
+    whole = ours(x)
+    assert not torch.equal(whole, by_bytes), "the other way was taken"
+    assert relative_error(whole, linear(x)) < 0.01
+    odd = some_linear(13, 7)
+    assert relative_error(Int8Linear(odd)(random(40, 13)), odd(random(40, 13))) < 0.02
+
+
+def test_a_weight_of_zeros_stays_zero():
+    linear = some_linear(16, 8, bias=False)
+    linear.weight.data[3] = 0
+    made = Int8Linear(linear)(random(4, 16))
+    assert torch.isfinite(made).all()
+    assert made[:, 3].abs().max() == 0
+    assert Int8Linear(linear)(torch.zeros(4, 16)).abs().max() == 0
+
+
+def test_heads_and_everything_but_linear_layers_stay_exact(paired: object):
+    model = copy.deepcopy(paired.transformer)
+    before = sum(p.numel() for p in model.parameters())
+    quantize_linears(model)
+    kept = dict(model.named_parameters())
+    assert isinstance(model.head, nn.Linear)
+    assert torch.equal(kept["head.weight"], paired.transformer.head.weight)
+    assert torch.equal(kept["blocks.0.attn.log_scale"], paired.transformer.blocks[0].attn.log_scale)
+    assert not [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("head")]
+    rounded = [m for m in model.modules() if isinstance(m, Int8Linear)]
+    assert all(m.weight.dtype == torch.int8 for m in rounded)
+    assert sum(m.weight.numel() for m in rounded) > 0.8 * before
+
+
+def test_a_model_with_8_bit_weights_draws_a_picture_like_the_exact_one(
+    paired: object, ask: Callable, make_schedule: Callable
+):
+    model = dataclasses.replace(
+        paired,
+        transformer=quantize_linears(copy.deepcopy(paired.transformer)),
+        sampler=quantize_linears(copy.deepcopy(paired.sampler)),
+    )
+    schedule = make_schedule("official", guidance=0.0)
+    exact, ours = paired.run(ask([1, 2], schedule)), model.run(ask([1, 2], schedule))
+    assert torch.equal(exact[0].tokens, ours[0].tokens)
+    same = torch.cat([(a.tokens == b.tokens).float().flatten() for a, b in zip(exact, ours, strict=True)])
+    assert 0.5 < same.mean() < 1
+
+
+def test_nobody_gets_8_bits_unasked():
+    star, small = load(), load(int8=True)
+    assert not [m for m in star.transformer.modules() if isinstance(m, Int8Linear)]
+    assert [m for m in small.transformer.modules() if isinstance(m, Int8Linear)]
+    assert [m for m in small.causal_sampler.modules() if isinstance(m, Int8Linear)]
+    assert not [m for m in small.text_encoder.modules() if isinstance(m, Int8Linear)]
+    exact = star.draw(["red heart"], options=Options(seed=3))
+    rough = small.draw(["red heart"], options=Options(seed=3))
+    assert 0 < (exact - rough).abs().mean() < 0.2
