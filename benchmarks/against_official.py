@@ -31,7 +31,6 @@ from workbench import (
     ROOT,
     SIZES,
     Peak,
-    build_star,
     build_text_model,
     config_of,
     machine,
@@ -41,11 +40,12 @@ from workbench import (
     settle,
     table,
     tokenizer,
+    write_model,
 )
 
 from star_core.config import StarConfig, token_count
 from star_core.schedule import ScalePolicy, ScaleSchedule, ramp
-from star_core.star import Options
+from star_core.star import Options, load
 
 GUIDANCE = 4.0
 TOP_K, TOP_P = 4096, 0.8
@@ -122,8 +122,11 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
 
 
 def our_drawer(config: StarConfig, seed: int, device: torch.device, dtype: torch.dtype) -> Drawer:
-    """Build our model with the benchmark's weights."""
-    star = build_star(config, seed, dtype, device)
+    """Load our model with the benchmark's weights, from files in this precision as a user has them."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(config, seed, dtype, Path(folder))
+        # The files stay mapped until the process ends, whatever happens to their names.
+        star = load(Path(folder), dtype=dtype, device=device)
     policies = tuple(ScalePolicy(top_k=1, top_p=TOP_P, guidance=t) for t in ramp(GUIDANCE, len(config.maps)))
     likeliest_schedule = ScaleSchedule(policies, GUIDANCE, maps=config.maps)
 

@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import resource
+import shutil
 import statistics
 import sys
 import zlib
@@ -19,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from star_core.checkpoint import Networks  # noqa: E402
+from star_core.checkpoint import Networks, save_networks  # noqa: E402
 from star_core.config import PRESETS, StarConfig  # noqa: E402
 from star_core.key_tables import STAR_KEYS, VQVAE_KEYS  # noqa: E402
-from star_core.star import SHIPPED, Star  # noqa: E402
+from star_core.star import SHIPPED, STAR_FILE, VQVAE_FILE, Star  # noqa: E402
 from star_core.text_encoder import TextEncoder, load_tokenizer  # noqa: E402
-from star_core.vqvae import LAYOUT, VQVAE  # noqa: E402
-from star_core.weights import build_on_meta  # noqa: E402
+from star_core.vqvae import VQVAE  # noqa: E402
+from star_core.weights import build_on_meta, save_vqvae  # noqa: E402
 
 SIZES = {
     "d16-256": "star-256-d16",
@@ -108,18 +110,44 @@ def tokenizer() -> Any:
     return load_tokenizer(SHIPPED / "tokenizer")
 
 
+def build_networks(config: StarConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> Networks:
+    networks = build_on_meta(lambda: Networks(config.transformer))
+    randomise(networks, STAR_KEYS.official, seed=seed, dtype=dtype, device=device)
+    return networks.eval()
+
+
+def build_vqvae(config: StarConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> VQVAE:
+    vqvae = build_on_meta(lambda: VQVAE(config.vqvae))
+    randomise(vqvae, VQVAE_KEYS.official, seed=seed, dtype=dtype, device=device)
+    return vqvae.eval()
+
+
+def write_model(config: StarConfig, seed: int, dtype: torch.dtype, folder: Path) -> None:
+    """Write the random model as a user has a converted one: three files and the tokenizer's folder."""
+    save_networks(folder / STAR_FILE, config, build_networks(config, seed, dtype, "cpu"))
+    save_vqvae(folder / VQVAE_FILE, build_vqvae(config, seed, dtype, "cpu"))
+    text = folder / "text_encoder"
+    text.mkdir()
+    model = build_text_model(seed, dtype, "cpu")
+    state = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("position_ids")
+    }
+    save_file(state, text / "model.safetensors")
+    (text / "config.json").write_text(json.dumps(SD21_TEXT))
+    shutil.copytree(SHIPPED / "tokenizer", folder / "tokenizer")
+
+
 def build_star(config: StarConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> Star:
     """Return a model of this configuration with random weights."""
-    networks = build_on_meta(lambda: Networks(config.transformer))
-    vqvae = build_on_meta(lambda: VQVAE(config.vqvae))
-    randomise(networks, STAR_KEYS.official, seed=seed, dtype=dtype, device=device)
-    randomise(vqvae, VQVAE_KEYS.official, seed=seed, dtype=dtype, device=device)
+    networks, vqvae = build_networks(config, seed, dtype, device), build_vqvae(config, seed, dtype, device)
     text = TextEncoder(build_text_model(seed, dtype, device), tokenizer())
     return Star(
         config,
-        networks.transformer.eval(),
+        networks.transformer,
         networks.causal_sampler,
-        vqvae.eval().to(memory_format=LAYOUT),
+        vqvae,
         text,
         torch.device(device),
     )

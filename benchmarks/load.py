@@ -1,0 +1,158 @@
+"""From a safetensors file to the first token, against reading the file's bytes.
+
+    python benchmarks/load.py [--size d16-256] [--dtype bfloat16]
+
+A random model of the released shape is written once. Then, in processes of their own and in turn: `bytes`
+reads every file from front to back into one buffer; `load` loads the model and draws its first scale. Each
+with the files in the system's cache (warm), and after asking the system to forget them (cold). Imports are
+not counted. Peak memory is the process's, beside the size of the files: two copies of the weights would show.
+Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from workbench import (
+    GIB,
+    PROMPT,
+    SIZES,
+    Peak,
+    config_of,
+    machine,
+    middle,
+    report,
+    settle,
+    table,
+    write_model,
+)
+
+from star_core.star import Options, load
+
+WAYS = ("bytes", "load")
+STATES = ("warm", "cold")
+CHUNK = 64 * 2**20
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def forget(folder: Path) -> None:
+    """Ask the system to drop the files from its cache."""
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            with contextlib.suppress(AttributeError):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_bytes(folder: Path) -> None:
+    buffer = memoryview(bytearray(CHUNK))
+    for path in weight_files(folder):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def first_token(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    star = load(folder, dtype=dtype, device=device)
+    next(star.generate([PROMPT], options=Options(seed=1)))
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Do one way once; print seconds and peak memory."""
+    import transformers  # noqa: F401
+
+    device, folder = torch.device(arguments.device), Path(arguments.folder)
+    torch.set_num_threads(arguments.threads)
+    if device.type == "cuda":
+        torch.zeros(1, device=device)
+    peak = Peak(device)
+    peak.reset()
+    began = time.perf_counter()
+    if arguments.way == "bytes":
+        read_bytes(folder)
+    else:
+        first_token(folder, getattr(torch, arguments.dtype), device)
+    settle(device)
+    print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak.read()}))
+
+
+def run_once(way: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--way", way, "--folder", str(folder), "--dtype", arguments.dtype]
+    command += ["--device", arguments.device, "--threads", str(arguments.threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{way}: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--size", choices=SIZES, default="d30-1024" if cuda else "d16-256")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        work(arguments)
+        return 0
+    found: dict[str, list[dict[str, Any]]] = {f"{way}, {state}": [] for way in WAYS for state in STATES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(config_of(arguments.size), 0, getattr(torch, arguments.dtype), folder)
+        size = sum(path.stat().st_size for path in weight_files(folder))
+        run_once("bytes", arguments, folder)
+        for _ in range(arguments.rounds):
+            for state in STATES:
+                for way in WAYS:
+                    if state == "cold":
+                        forget(folder)
+                    found[f"{way}, {state}"].append(run_once(way, arguments, folder))
+    seconds = {name: middle([run["seconds"] for run in runs]) for name, runs in found.items()}
+    peaks = {name: max(run["peak"] for run in runs) for name, runs in found.items()}
+    ratios = {
+        state: middle(
+            [
+                ours["seconds"] / theirs["seconds"]
+                for ours, theirs in zip(found[f"load, {state}"], found[f"bytes, {state}"], strict=True)
+            ],
+            digits=2,
+        )
+        for state in STATES
+    }
+    rows = [["", "s", "peak GiB"]]
+    rows += [[name, f"{seconds[name]:.3f}", f"{peaks[name] / GIB:.2f}"] for name in found]
+    print("\n".join([f"{arguments.size}, {size / GIB:.2f} GiB of files", *table(rows)]), file=sys.stderr)
+    report(
+        {
+            "benchmark": "load",
+            "machine": machine(torch.device(arguments.device)),
+            "size": arguments.size,
+            "dtype": arguments.dtype,
+            "files_gib": round(size / GIB, 3),
+            "seconds": seconds,
+            "peak_gib": {name: round(peak / GIB, 3) for name, peak in peaks.items()},
+            "load_against_reading": ratios,
+        }
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
