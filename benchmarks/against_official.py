@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -124,7 +125,12 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
 def our_drawer(config: StarConfig, seed: int, device: torch.device, dtype: torch.dtype) -> Drawer:
     """Load our model with the benchmark's weights, from files in this precision as a user has them."""
     with tempfile.TemporaryDirectory() as folder:
-        write_model(config, seed, dtype, Path(folder))
+        # In a process of its own: what making random weights leaves behind is not this contender's.
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_model, args=(config, seed, dtype, Path(folder))
+        )
+        writer.start()
+        writer.join()
         # The files stay mapped until the process ends, whatever happens to their names.
         star = load(Path(folder), dtype=dtype, device=device)
     policies = tuple(ScalePolicy(top_k=1, top_p=TOP_P, guidance=t) for t in ramp(GUIDANCE, len(config.maps)))

@@ -73,3 +73,25 @@ def test_a_picture_is_its_own_variation_where_all_its_scales_are_given(star):
     varied = list(star.generate(["sun"], options=Options(seed=9, prefix=tuple(steps[:4]))))
     assert torch.equal(varied[3].f_hat, steps[3].f_hat)
     assert not torch.equal(varied[5].tokens, steps[5].tokens)
+
+
+BFLOAT16 = {"largest": 0.25, "mean": 0.02}
+"""How far bfloat16 may move logits, in their standard deviations: three times what was measured (NOTES.md)."""
+
+
+def test_bfloat16_moves_the_logits_within_the_stated_bound(star):
+    prompts = ["red heart", "a dog", "Twemoji emoji of a rocket", "frog"]
+    tokens = [step.tokens for step in star.generate(prompts, options=Options(seed=1))]
+    inputs = star.vqvae.quantizer.teacher_inputs(tokens, star.config.maps)
+
+    def logits(model):
+        texts = model.encode_text(prompts)
+        network = model.transformer
+        with torch.no_grad():
+            keys = network.text_keys(texts.hidden, texts.mask)
+            return network.logits(network(inputs, texts.pooled, keys, model.config.maps))
+
+    exact = logits(star)
+    error = (logits(load(dtype=torch.bfloat16)) - exact).abs() / exact.std()
+    assert 0 < error.mean() < BFLOAT16["mean"]
+    assert error.max() < BFLOAT16["largest"]

@@ -1,0 +1,141 @@
+"""The benchmarks' own arithmetic, and their parts on models small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import against_official  # noqa: E402
+import fast_modes  # noqa: E402
+import load as load_benchmark  # noqa: E402
+import scaling  # noqa: E402
+import workbench  # noqa: E402
+
+from star_core import load  # noqa: E402
+from star_core.config import PRESETS, square_maps, token_count  # noqa: E402
+from star_core.key_tables import STAR_KEYS  # noqa: E402
+from star_core.presets import named_schedule  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def test_random_weights_depend_on_name_and_seed_alone():
+    one = workbench.value("blocks.0.attn.proj.weight", (8, 4), 0)
+    assert torch.equal(one, workbench.value("blocks.0.attn.proj.weight", (8, 4), 0))
+    assert not torch.equal(one, workbench.value("blocks.1.attn.proj.weight", (8, 4), 0))
+    assert not torch.equal(one, workbench.value("blocks.0.attn.proj.weight", (8, 4), 1))
+    assert workbench.value("blocks.0.norm.weight", (1000,), 0).mean() > 0.9
+
+
+def test_both_engines_get_the_same_weights_by_the_official_names(tiny):
+    ours = tiny("paired")
+    networks = torch.nn.Module()
+    networks.transformer, networks.causal_sampler = ours.transformer, ours.sampler
+    workbench.randomise(networks, STAR_KEYS.official, seed=3, dtype=torch.float32, device="cpu")
+    official = STAR_KEYS.official("transformer.blocks.0.ffn.expand.weight")
+    weight = networks.transformer.blocks[0].ffn.expand.weight
+    assert torch.equal(weight, workbench.value(official, weight.shape, 3))
+
+
+def test_sizes_are_the_released_ones():
+    assert set(workbench.SIZES.values()) <= set(PRESETS)
+    for depth, sampler in ((16, False), (30, False), (30, True)):
+        for pixels, sides in scaling.SIDES.items():
+            config = scaling.config_for(depth, pixels, sampler=sampler)
+            assert config.resolution == (pixels, pixels)
+            assert config.transformer.scales == len(sides)
+            assert config.transformer.has_sampler == sampler
+    assert scaling.config_for(16, 256, sampler=False).maps == PRESETS["star-256-d16"].maps
+
+
+def test_a_stopwatch_counts_every_moment_once():
+    watch = scaling.Stopwatch(CPU)
+    with watch.part("rest"):
+        time.sleep(0.02)
+        with watch.part("transformer"):
+            time.sleep(0.05)
+        with watch.part("transformer"), watch.part("sampling"):
+            time.sleep(0.03)
+    assert watch.seconds["transformer"] == pytest.approx(0.05, abs=0.015)
+    assert watch.seconds["sampling"] == pytest.approx(0.03, abs=0.015)
+    assert watch.seconds["rest"] == pytest.approx(0.02, abs=0.015)
+
+
+def test_shares_of_a_picture_add_up_and_the_model_is_left_as_it_was():
+    star = load()
+    found = scaling.measure(star, 2, 1, CPU)
+    assert sum(found["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert found["shares"]["transformer"] > found["shares"]["sampling"] > 0
+    assert len(found["seconds_per_scale"]) == len(star.config.maps)
+    assert "features" not in vars(star.transformer)
+    assert "encode_text" not in vars(star)
+    assert scaling.star_core.generate.draw is scaling.star_core.causal_sampler.draw
+
+
+def test_the_floor_grows_with_what_there_is_to_do():
+    small = scaling.floor_seconds(scaling.config_for(16, 128, sampler=False), 1, 2, 1e12, 1e11)
+    large = scaling.floor_seconds(scaling.config_for(16, 256, sampler=False), 1, 2, 1e12, 1e11)
+    batch = scaling.floor_seconds(scaling.config_for(16, 256, sampler=False), 4, 2, 1e12, 1e11)
+    assert small < large < batch < 4 * large
+    # 680 tokens, two rows, 16 blocks: 0.6 TFLOP of products and 0.4 of decoding at least.
+    assert token_count(square_maps(scaling.SIDES[256])) == 680
+    assert 0.9 < large < 1.3
+
+
+def test_ratios_compare_rounds_with_each_other():
+    runs = {
+        name: [{"seconds": s}] * 3 for name, s in zip(against_official.CONTENDERS, (8, 4, 6, 2), strict=True)
+    }
+    peaks = dict(zip(against_official.CONTENDERS, (40, 40, 30, 10), strict=True))
+    found = against_official.ratios(runs, peaks)
+    assert found["ours-bfloat16 is faster than official by"] == 4
+    assert found["ours-bfloat16 is faster than official-autocast by"] == 2
+    assert found["ours-bfloat16 peak of official's"] == 0.25
+
+
+def test_reading_reads_every_weight_file(tmp_path: Path):
+    (tmp_path / "text_encoder").mkdir()
+    for name in ("star.safetensors", "text_encoder/model.safetensors"):
+        (tmp_path / name).write_bytes(bytes(1000))
+    assert [path.name for path in load_benchmark.weight_files(tmp_path)] == [
+        "star.safetensors",
+        "model.safetensors",
+    ]
+    load_benchmark.read_bytes(tmp_path)
+    load_benchmark.forget(tmp_path)
+
+
+def test_every_fast_mode_is_another_schedule_than_the_exact_one():
+    maps = load().config.maps
+    for mode in fast_modes.modes(sampler=True):
+        changed = mode.change(named_schedule(mode.base, maps))
+        exact = named_schedule("official-1024" if "1024" in mode.base else "official-512", maps)
+        assert (changed == exact) == (mode.name.startswith("exact") or mode.name == "int8"), mode.name
+
+
+def test_costs_are_measured_against_the_exact_picture():
+    costs = fast_modes.cost_of_modes(2, 1)
+    assert set(costs) == {m.name for m in fast_modes.modes(sampler=True)} - {"exact", "exact, sampler"}
+    # The sampler's steps do not touch the transformer's logits; every other mode does.
+    assert costs["half the sampler's steps"]["largest_logit_error"] == 0
+    assert all(c["mean_logit_error"] > 0 for name, c in costs.items() if name != "half the sampler's steps")
+    assert (
+        costs["unguided, last scale"]["mean_logit_error"] < costs["unguided, last 3 scales"]["mean_logit_error"]
+    )
+    assert all(0 <= c["equal_tokens"] < 1 and 5 < c["psnr_db"] < 60 for c in costs.values())
+    assert "fast-1024" in "\n".join(fast_modes.lines({}, costs))
+    json.dumps(costs)
+
+
+def test_equal_pictures_have_the_highest_psnr():
+    x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert fast_modes.psnr(x, x) == pytest.approx(60)
+    assert fast_modes.psnr(x, x + 0.1) == pytest.approx(20, abs=0.1)
