@@ -7,7 +7,7 @@ tokens fixed so far and draws the rest given them; every step redraws all positi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -131,13 +131,18 @@ class PartialMap:
         return PartialMap(torch.where(fresh, drawn, self.tokens), self.known | fresh)
 
 
-def refine(work: Refinement, start: PartialMap) -> Iterator[PartialMap]:
-    """Yield the map after each step, until every token is known."""
-    free = (~start.known).sum(dim=1).tolist()
+def refine(work: Refinement, start: PartialMap, free: Sequence[int] | None = None) -> Iterator[PartialMap]:
+    """Yield the map after each step, until every token is known.
+
+    free: how many tokens of each row are not known yet, where the caller has counted them already. Then only
+    the official strategy asks the device on the way: it alone may be done before its last step.
+    """
+    if free is None:
+        free = (~start.known).sum(dim=1).tolist()
     plans = [unmask_counts(work.policy.steps, n) if n else [] for n in free]
     filling = start
     for step in range(max(map(len, plans))):
-        if bool(filling.known.all()):
+        if work.strategy == "official" and bool(filling.known.all()):
             return
         wanted = [plan[step] if step < len(plan) else 0 for plan in plans]
         counts = torch.tensor(wanted, device=start.tokens.device)

@@ -319,7 +319,7 @@ def _draw_scale(
     if policy.steps:
         assert sampler is not None, "fit() refuses sampler steps without a sampler"
         work = _refinement(picture, sampler, quantizer, schedule, features, logits, scale, noise)
-        tokens = _settled(work, kept)
+        tokens = _settled(work, kept, _free_at(request, scale))
     else:
         drawn = draw(
             logits,
@@ -378,13 +378,21 @@ def _refinement(
     return Refinement(logits, guided_by_known, schedule.scales[scale], schedule.strategy, noise)
 
 
-def _settled(work: Refinement, kept: PartialMap) -> Tensor:
+def _settled(work: Refinement, kept: PartialMap, free: Sequence[int]) -> Tensor:
     """Return the tokens (B, n) that the causal sampler's steps settle on."""
     filled = kept
-    for filled in refine(work, kept):
+    for filled in refine(work, kept, free):
         assert filled.tokens.shape == kept.tokens.shape, "refine keeps the map's shape"
-    assert bool(filled.known.all()), "the unmask schedule must cover the whole map"
     return filled.tokens
+
+
+def _free_at(request: Request, scale: int) -> list[int]:
+    """Return how many tokens of each picture are to be drawn at a scale, counted where the masks lie."""
+    height, width = request.maps[scale]
+    if request.kept is None:
+        return [height * width] * len(request.seeds)
+    counts: list[int] = (~request.kept.masks[scale].bool()).sum(dim=1).tolist()
+    return counts
 
 
 def _kept_at(request: Request, scale: int, device: torch.device) -> PartialMap:

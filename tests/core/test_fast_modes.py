@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from star_core.generate import ScaleStep
+from star_core.generate import ScaleStep, generate
 from star_core.pruning import restore, run_count, take, worth_running
 from star_core.resume import shared_scales
 from star_core.rope import axial_rope, rotate
@@ -198,3 +198,27 @@ def test_the_first_scale_cannot_be_pruned(make_schedule: Callable):
         ValueError, match=r"prune is 0\.5 at scale 1.*begin with 0, as in `prune 0\*4 0\.4 0\.5`"
     ):
         with_fields(make_schedule("plain"), 0, prune=0.5)
+
+
+# Nothing waits for the device within a scale.
+
+
+@pytest.mark.parametrize("kind", ["plain", "smooth", "confidence", "masked"])
+def test_the_loop_never_asks_the_device_for_a_value(
+    tiny: Callable, ask: Callable, make_schedule: Callable, kind: str
+):
+    # On the meta device there are no values: whoever asked for one would raise. A GPU would wait there.
+    meta = torch.device("meta")
+    for cross_attention in ("paired", "independent"):
+        model = tiny(cross_attention)
+        schedule = with_fields(make_schedule(kind), 2, prune=0.3)
+        schedule = with_fields(schedule, 3, unguided=True)
+        nowhere = (part.to(meta) for part in (model.transformer, model.sampler, model.quantizer))
+        steps = list(generate(*nowhere, ask([1, 2], schedule), meta))
+        assert [tuple(step.tokens.shape) for step in steps] == [(2, h * w) for h, w in model.maps]
+        assert steps[-1].f_hat.is_meta
+
+
+def test_asking_a_device_without_values_is_noticed():
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        bool(torch.zeros(1, device="meta").any())
