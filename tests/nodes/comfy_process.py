@@ -136,6 +136,9 @@ class Module:
 
 async def load():
     await nodes.init_public_apis()
+    # The one file of ComfyUI's extra nodes that our workflows use; all of them take half a minute.
+    masks = str(Path(COMFYUI, "comfy_extras", "nodes_mask.py"))
+    assert await nodes.load_custom_node(masks, module_parent="comfy_extras"), "ComfyUI did not load its masks"
     return await nodes.load_custom_node(PACK, module_parent="custom_nodes")
 
 
