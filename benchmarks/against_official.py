@@ -101,9 +101,11 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
         # extract_text_features of models/text_encoder.py, prompt and empty prompt at once, every time.
         inputs = words([prompt, ""], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
         mask = inputs["attention_mask"].to(device)
+        # Pictures are compared in float32: sample.py's float16 would flip tokens of random weights.
+        exact = likeliest and not autocast
         with precision() if autocast else nullcontext():
             found = text_model(input_ids=inputs["input_ids"].to(device), attention_mask=mask)
-        with precision():
+        with nullcontext() if exact else precision():
             picture: Tensor = var.autoregressive_infer_cfg(
                 B=1,
                 label_B=None,
@@ -132,7 +134,7 @@ def our_drawer(config: StarConfig, seed: int, device: torch.device, dtype: torch
         writer.start()
         writer.join()
         # The files stay mapped until the process ends, whatever happens to their names.
-        star = load(Path(folder), dtype=dtype, device=device)
+        star = load(Path(folder), dtype=dtype, text_dtype=dtype, device=device)
     policies = tuple(ScalePolicy(top_k=1, top_p=TOP_P, guidance=t) for t in ramp(GUIDANCE, len(config.maps)))
     likeliest_schedule = ScaleSchedule(policies, GUIDANCE, maps=config.maps)
 
@@ -234,7 +236,7 @@ def weight_bytes(config: StarConfig) -> int:
 
 
 def too_large(config: StarConfig, device: torch.device) -> str | None:
-    """Return why a size is left out here, or None. Three models are held at once on a CPU: 1 + 1 + 1/2."""
+    """Return why a size is left out here, or None. Four models are held at once: 1 + 1 + 1 + 1/2."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         held = 4 * weight_bytes(config) + 12 * GIB

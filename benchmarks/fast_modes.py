@@ -27,7 +27,7 @@ import star_core.generate
 from star_core.evaluation.sheet import load_prompts
 from star_core.generate import Request, ScaleStep
 from star_core.int8 import quantize_linears
-from star_core.presets import read_schedule
+from star_core.presets import half_the_steps, on_last, read_schedule
 from star_core.schedule import ScaleSchedule
 from star_core.star import Options, Star, load
 
@@ -58,26 +58,6 @@ def pruned(*shares: float) -> Change:
     return lambda schedule: on_last(schedule, [{"prune": share} for share in shares])
 
 
-def on_last(schedule: ScaleSchedule, changes: list[dict[str, Any]]) -> ScaleSchedule:
-    """Change fields of the last scales' policies."""
-    first = len(schedule.scales) - len(changes)
-    scales = [
-        dataclasses.replace(policy, **changes[scale - first]) if scale >= first else policy
-        for scale, policy in enumerate(schedule.scales)
-    ]
-    return dataclasses.replace(schedule, scales=tuple(scales))
-
-
-def fewer_steps(schedule: ScaleSchedule) -> ScaleSchedule:
-    """Halve the causal sampler's steps."""
-    names = ("steps", "transformer_steps", "random_steps")
-    scales = [
-        dataclasses.replace(policy, **{name: (getattr(policy, name) + 1) // 2 for name in names})
-        for policy in schedule.scales
-    ]
-    return dataclasses.replace(schedule, scales=tuple(scales))
-
-
 def same(schedule: ScaleSchedule) -> ScaleSchedule:
     return schedule
 
@@ -97,7 +77,7 @@ def modes(*, sampler: bool) -> list[Mode]:
     ]
     refined = [
         Mode("exact, sampler", "official-1024", same),
-        Mode("half the sampler's steps", "official-1024", fewer_steps),
+        Mode("half the sampler's steps", "official-1024", half_the_steps),
         Mode("sampler, unguided last 2 scales", "official-1024", unguided(2)),
         Mode("fast-1024", "fast-1024", same),
     ]

@@ -80,7 +80,8 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.way == "bytes":
         read_bytes(folder)
     else:
-        star = load(folder, dtype=getattr(torch, arguments.dtype), device=device)
+        dtype = getattr(torch, arguments.dtype)
+        star = load(folder, dtype=dtype, text_dtype=dtype, device=device)
         if arguments.way == "first token":
             next(star.generate([PROMPT], options=Options(seed=1)))
     settle(device)

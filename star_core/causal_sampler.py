@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import TransformerConfig
 from .rope import Rotation
-from .sampling import Draw, ScaleNoise, draw, guide
+from .sampling import Draw, ScaleNoise, draw, guide, upload
 from .schedule import ScalePolicy, Strategy
 from .transformer import SelfBlock, norm
 
@@ -60,7 +60,7 @@ class CausalSampler(nn.Module):
         text: Tensor = self.text_proj(pooled.to(self.dtype))
         start = text.unsqueeze(1) + self.start_position.to(text)
         known: Tensor = self.known_embed(known_codes.to(self.dtype))
-        level = torch.tensor([[scale]], device=known.device)
+        level = torch.full((1, 1), scale, device=known.device)
         known = known + self.scale_embed(level).to(known)
         pairs = torch.cat(
             [torch.cat([start, known], dim=1), torch.cat([start, features.to(known)], dim=1)],
@@ -145,7 +145,7 @@ def refine(work: Refinement, start: PartialMap, free: Sequence[int] | None = Non
         if work.strategy == "official" and bool(filling.known.all()):
             return
         wanted = [plan[step] if step < len(plan) else 0 for plan in plans]
-        counts = torch.tensor(wanted, device=start.tokens.device)
+        counts = upload(torch.tensor(wanted), start.tokens.device)
         filling = _refine_step(work, filling, step, counts)
         yield filling
 

@@ -128,7 +128,7 @@ class Request:
 class _Picture:
     """The state of one batch while it is drawn: rows are B conditional ones, then their twins while any guide.
 
-    `whole` are the features and the map of the last scale that was run whole, where a later one is pruned.
+    `before` are the features and the map of the scale before, where a later one is pruned.
     """
 
     transformer: Transformer
@@ -138,7 +138,7 @@ class _Picture:
     rotation: Rotation = field(init=False)
     text_keys: tuple[TextKeys, ...] = field(init=False)
     pooled: Tensor = field(init=False)
-    whole: tuple[Tensor, TokenMap] | None = None
+    before: tuple[Tensor, TokenMap] | None = None
 
     def __post_init__(self) -> None:
         maps = self.request.maps
@@ -151,7 +151,7 @@ class _Picture:
         """Let go of the large tensors."""
         self.cache.layers = ()
         self.text_keys = ()
-        self.whole = None
+        self.before = None
 
     def drop_twins(self) -> None:
         """Go on without the unconditional rows: no later scale is guided."""
@@ -161,8 +161,8 @@ class _Picture:
         self.text_keys = tuple(keys.rows(batch) for keys in self.text_keys)
         for layer in self.cache.layers:
             layer.keep_rows(batch)
-        if self.whole is not None:
-            self.whole = self.whole[0][:batch], self.whole[1]
+        if self.before is not None:
+            self.before = self.before[0][:batch], self.before[1]
 
     def read_prompt(self, scale: int) -> None:
         """Take in the span that starts at this scale, if one does."""
@@ -277,27 +277,32 @@ def _look(
     else:
         codes = quantizer.next_input(f_hat, picture.request.maps[scale])
         x = picture.next_input(codes, scale)
-    if schedule.scales[scale].prune:
-        return _look_at_part(picture, x, scale, schedule.scales[scale].prune)
-    features = picture.transformer.features(
-        x, picture.scale_rotation(scale), picture.text_keys, cache=picture.cache
-    )
-    if any(policy.prune for policy in schedule.scales[scale + 1 :]):
-        picture.whole = features, picture.request.maps[scale]
+    if share := schedule.scales[scale].prune:
+        features = _look_at_part(picture, x, scale, share)
+    else:
+        features = picture.transformer.features(
+            x, picture.scale_rotation(scale), picture.text_keys, cache=picture.cache
+        )
+    later = any(policy.prune for policy in schedule.scales[scale + 1 :])
+    picture.before = (features, picture.request.maps[scale]) if later else None
     return features
 
 
 def _look_at_part(picture: _Picture, x: Tensor, scale: int, share: float) -> Tensor:
     """Run the transformer over the part of a scale that pruning leaves; restore the rest."""
-    assert picture.whole is not None, "a schedule's first scale is never pruned"
-    positions = worth_running(x, share)
+    assert picture.before is not None, "a schedule's first scale is never pruned"
+    known = None
+    if picture.request.kept is not None:
+        kept = _kept_at(picture.request, scale, picture.device).known
+        known = repeat(kept, "b n -> (twins b) n", twins=len(x) // len(kept))
+    positions = worth_running(x, share, known)
     run = picture.transformer.features(
         take(x, positions),
         picture.scale_rotation(scale).select(positions),
         picture.text_keys,
         cache=picture.cache,
     )
-    return restore(run, positions, *picture.whole, picture.request.maps[scale])
+    return restore(run, positions, *picture.before, picture.request.maps[scale])
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 EXACT = ("head",)
 """Names of layers that keep their weights."""
 LEAST_ROWS = {"cpu": 1, "cuda": 17}
-"""Tokens from which a device multiplies bytes; CUDA's kernel wants more than 16."""
+"""Tokens that a device's byte product wants at least: fewer are filled up with zeros, so that a token's result
+does not depend on how many there are."""
 MULTIPLE = 8
 """Sides of a matrix that the byte kernels take."""
 
@@ -39,28 +40,29 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out) in the dtype of x."""
         rows = x.reshape(-1, self.in_features)
-        made = self._by_bytes(rows) if self._has_bytes(rows) else self._whole(rows)
-        return made.view(*x.shape[:-1], self.out_features)
+        # A host that is short of memory may have left the layer behind, and knows nothing of its buffers.
+        weight, scale = self.weight.to(x.device), self.scale.to(x.device)
+        made = _by_bytes(rows, weight) if self._has_bytes(rows) else F.linear(rows.float(), weight.float())
+        made = made.mul_(scale)
+        if self.bias is not None:
+            made += self.bias.to(x.device)
+        return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _has_bytes(self, rows: Tensor) -> bool:
-        least = LEAST_ROWS.get(rows.device.type)
         fits = self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
-        return least is not None and len(rows) >= least and fits and hasattr(torch, "_int_mm")
+        return fits and rows.device.type in LEAST_ROWS and hasattr(torch, "_int_mm")
 
-    def _by_bytes(self, rows: Tensor) -> Tensor:
-        exact = rows.float()
-        step = exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-        rounded = (exact / step).round_().to(torch.int8)
-        sums: Tensor = torch._int_mm(rounded, self.weight.t())
-        made = sums.float().mul_(step).mul_(self.scale)
-        if self.bias is not None:
-            made += self.bias
-        return made.to(rows.dtype)
 
-    def _whole(self, rows: Tensor) -> Tensor:
-        bias = self.bias.to(rows.dtype) if self.bias is not None else None
-        weight = self.weight.to(rows.dtype) * self.scale.to(rows.dtype).unsqueeze(1)
-        return F.linear(rows, weight, bias)
+def _by_bytes(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return rows (m, in) times int8 weights (out, in), every row rounded to 8 bits, as float32 (m, out)."""
+    exact = rows.float()
+    step = exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+    rounded = (exact / step).round_().to(torch.int8)
+    lacking = LEAST_ROWS[rows.device.type] - len(rows)
+    if lacking > 0:
+        rounded = F.pad(rounded, (0, 0, 0, lacking))
+    sums: Tensor = torch._int_mm(rounded, weight.t())
+    return sums[: len(rows)].float().mul_(step)
 
 
 def quantize_linears(module: nn.Module) -> nn.Module:

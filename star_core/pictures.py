@@ -15,13 +15,15 @@ from torch import Tensor
 
 RECIPE_KEY = "star"
 STRIP_GAP = 4
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What one picture was drawn from; the same recipe on the same checkpoint draws it again.
 
-    `size` is (height, width) in pixels; `schedule` the text form; `model` the checkpoint's own name.
+    `size` is (height, width) in pixels; `schedule` the text form; `model` the checkpoint's own name; `dtype`
+    and `int8` how it was loaded.
     """
 
     prompt: str
@@ -31,6 +33,8 @@ class Recipe:
     schedule: str
     size: tuple[int, int]
     model: str
+    dtype: str = "float32"
+    int8: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -41,7 +45,10 @@ class Recipe:
         try:
             record = json.loads(text)
             height, width = record.pop("size")
-            return Recipe(size=(int(height), int(width)), **record)
+            recipe = Recipe(size=(int(height), int(width)), **record)
+            if recipe.dtype not in DTYPES or not isinstance(recipe.int8, bool):
+                raise ValueError(f"dtype {recipe.dtype!r}, int8 {recipe.int8!r}")
+            return recipe
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a recipe of a picture ({error!s:.120}): {text:.120}") from error
 

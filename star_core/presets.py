@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .config import TokenMap
 from .schedule import ScalePolicy, ScaleSchedule, ScheduleError, Strategy, parse_schedule, ramp
@@ -69,25 +70,32 @@ def _old(maps: Sequence[TokenMap]) -> ScaleSchedule:
 
 
 PRUNED = (0.4, 0.5)
-"""Shares of tokens that the fast presets skip on the last scales: those of FastVAR's (arXiv 2503.23367)."""
+"""Shares of tokens that the fast presets skip on the last scales. This project's own choice."""
+
+
+def on_last(schedule: ScaleSchedule, changes: Sequence[Mapping[str, Any]]) -> ScaleSchedule:
+    """Return a schedule with fields of its last scales changed, one mapping per scale; never the first's."""
+    first = len(schedule.scales) - len(changes)
+    scales = tuple(
+        dataclasses.replace(policy, **changes[scale - first]) if scale >= max(first, 1) else policy
+        for scale, policy in enumerate(schedule.scales)
+    )
+    return dataclasses.replace(schedule, scales=scales)
+
+
+def half_the_steps(schedule: ScaleSchedule) -> ScaleSchedule:
+    """Return a schedule with half the causal sampler's steps of every kind, rounded up."""
+    names = ("steps", "transformer_steps", "random_steps")
+    scales = tuple(
+        dataclasses.replace(policy, **{name: (getattr(policy, name) + 1) // 2 for name in names})
+        for policy in schedule.scales
+    )
+    return dataclasses.replace(schedule, scales=scales)
 
 
 def _fast(schedule: ScaleSchedule) -> ScaleSchedule:
     """Return a schedule with no guidance on its last scales, part of their tokens skipped, and fewer steps."""
-    first = len(schedule.scales) - len(PRUNED)
-    policies = []
-    for scale, policy in enumerate(schedule.scales):
-        if policy.steps:
-            policy = dataclasses.replace(
-                policy,
-                steps=(policy.steps + 1) // 2,
-                transformer_steps=(policy.transformer_steps + 1) // 2,
-                random_steps=(policy.random_steps + 1) // 2,
-            )
-        if scale >= max(first, 1):
-            policy = dataclasses.replace(policy, unguided=True, prune=PRUNED[scale - first])
-        policies.append(policy)
-    return dataclasses.replace(schedule, scales=tuple(policies))
+    return on_last(half_the_steps(schedule), [{"unguided": True, "prune": share} for share in PRUNED])
 
 
 SCHEDULES: Mapping[str, SchedulePreset] = {

@@ -79,6 +79,7 @@ def _plan_from_recipe(args: argparse.Namespace) -> SamplePlan:
     if args.prompts or args.prompts_file or args.count != 1:
         raise ValueError("--recipe brings its own prompt and seed: leave prompts and --count out")
     recipe = read_recipe(args.recipe)
+    args = argparse.Namespace(**{**vars(args), "dtype": recipe.dtype, "int8": recipe.int8})
     path = _png(args.out) if args.out else Path(args.folder or ".") / f"again-{args.recipe.name}"
     return SamplePlan(
         (Job(recipe.prompt, recipe.index, path),),
@@ -208,7 +209,15 @@ def _draw_batch(star: Star, plan: SamplePlan, jobs: Sequence[Job]) -> Iterator[P
     height, width = images[0].height, images[0].width
     for job, image in zip(jobs, images, strict=True):
         recipe = Recipe(
-            job.prompt, plan.negative, plan.seed, job.index, text, (height, width), star.config.name
+            job.prompt,
+            plan.negative,
+            plan.seed,
+            job.index,
+            text,
+            (height, width),
+            star.config.name,
+            plan.arguments.dtype,
+            plan.arguments.int8,
         )
         save_png(image, job.path, recipe)
         yield job.path

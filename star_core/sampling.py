@@ -48,12 +48,19 @@ class ScaleNoise:
     def uniform(self, *shape: int) -> Tensor:
         """Return uniform numbers in [0, 1), (B, *shape)."""
         rows = [torch.rand(shape, generator=g) for g in self._generators]
-        return torch.stack(rows).to(self._device)
+        return upload(torch.stack(rows), self._device)
 
     def gumbel(self, *shape: int) -> Tensor:
         """Return standard Gumbel numbers (B, *shape)."""
         rows = [-torch.empty(shape).exponential_(generator=g).log() for g in self._generators]
-        return torch.stack(rows).to(self._device)
+        return upload(torch.stack(rows), self._device)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device. The host does not wait for what a GPU is still doing."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, strength: float) -> Tensor:

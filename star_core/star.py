@@ -101,13 +101,12 @@ class Star:
         return maps
 
     def schedule(self, choice: ScaleSchedule | str | None, maps: Sequence[TokenMap]) -> ScaleSchedule:
-        """Return the schedule that a choice means for these maps, checked against the model."""
+        """Return the schedule that a choice means for these maps, as the model can run it."""
         chosen = self.config.schedule if choice is None else choice
         schedule = read_schedule(chosen, maps) if isinstance(chosen, str) else chosen
         has_sampler = self.causal_sampler is not None
         # Checked here already, so that a bad schedule fails before the first scale is drawn.
-        schedule.fit(maps, self.config.transformer.codebook_size, has_sampler=has_sampler)
-        return schedule
+        return schedule.fit(maps, self.config.transformer.codebook_size, has_sampler=has_sampler)
 
     def request(
         self,
@@ -255,14 +254,15 @@ def load(
     preset: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    text_dtype: torch.dtype = torch.float32,
     int8: bool = False,
 ) -> Star:
     """Load a model: a folder with star.safetensors, vqvae.safetensors and text_encoder/, a single
     transformer file beside such files, or the shipped model (None).
 
     vqvae, text_encoder and tokenizer name files elsewhere. preset is needed only where the transformer's
-    file does not say what it is. dtype is that of all weights and activations. int8 keeps the weights of
-    transformer and causal sampler in 8 bits, a fast mode that changes the picture.
+    file does not say what it is. dtype is that of weights and activations, text_dtype the text encoder's. int8
+    keeps the weights of transformer and causal sampler in 8 bits, a fast mode that changes the picture.
     Raises ValueError naming file, key and remedy.
     """
     files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)
@@ -276,7 +276,7 @@ def load(
         load_text_encoder(
             files.text_encoder,
             tokenizer=Path(tokenizer) if tokenizer is not None else None,
-            dtype=dtype,
+            dtype=text_dtype,
             device=device,
         ),
         device,

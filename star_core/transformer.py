@@ -118,12 +118,12 @@ class Transformer(nn.Module):
         """Return the input of the first scale, (R, 1, C), from the pooled text state (R, D)."""
         projected: Tensor = self.text_proj(pooled.to(self.dtype))
         start = projected.unsqueeze(1) + self.start_position.to(projected)
-        return start + self._scale_vectors(torch.zeros(1, 1, dtype=torch.long), start)
+        return start + self._scale_vectors(torch.zeros(1, 1, dtype=torch.long, device=start.device), start)
 
     def scale_input(self, codes: Tensor, scale: int) -> Tensor:
         """Return the input (R, n, C) of a scale > 0 from the downsampled f_hat (R, n, D)."""
         embedded: Tensor = self.word_embed(codes.to(self.dtype))
-        return embedded + self._scale_vectors(torch.tensor([[scale]]), embedded)
+        return embedded + self._scale_vectors(torch.full((1, 1), scale, device=embedded.device), embedded)
 
     def _scale_vectors(self, scales: Tensor, like: Tensor) -> Tensor:
         vectors: Tensor = self.scale_embed(scales.to(like.device))

@@ -23,11 +23,11 @@ _log = logging.getLogger(__name__)
 class StarArtist:
     """Draws captions and reconstructs pictures with a `Star`, uint8 arrays out and in."""
 
-    def __init__(self, star: Star, size: int) -> None:
-        """Take the model and the side of its pictures in pixels."""
+    def __init__(self, star: Star, size: int, name: str | None = None) -> None:
+        """Take the model, the side of its pictures in pixels, and what reports call it (its own name)."""
         self.star = star
         self.size = size
-        self.name = star.config.name
+        self.name = name or star.config.name
 
     def draw(self, captions: Sequence[str], schedule: str, seed: int) -> Pictures:
         """Return one picture (size, size, 3) per caption, drawn by a preset or a schedule text.

@@ -99,9 +99,9 @@ def marked(file: Path) -> str:
 
 def _artist(args: argparse.Namespace) -> Artist:
     """Return the model that --model names, the shipped one without it."""
-    return StarArtist(
-        load(args.model, dtype=getattr(torch, args.dtype), device=args.device, int8=args.int8), args.size
-    )
+    star = load(args.model, dtype=getattr(torch, args.dtype), device=args.device, int8=args.int8)
+    loaded = [args.dtype] * (args.dtype != "float32") + ["int8"] * args.int8
+    return StarArtist(star, args.size, ", ".join([star.config.name, *loaded]))
 
 
 def _real_side(args: argparse.Namespace, extent: Extent, features_of: FeatureFunction) -> RealSide:

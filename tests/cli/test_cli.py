@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from star_core import slices, vqvae
 from star_core.__main__ import main
 from star_core.checkpoint import Networks, save_networks
 from star_core.config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
@@ -92,6 +93,39 @@ def test_a_picture_is_drawn_again_from_its_own_recipe(sample, tmp_path):
         assert sample("--recipe", picture, "--out", again)[0] == 0
         assert pixels(again) == pixels(picture)
         assert read_recipe(again) == read_recipe(picture)
+
+
+def test_int8_draws_another_picture_and_its_recipe_knows(sample, tmp_path):
+    paths = {name: tmp_path / f"{name}.png" for name in ("exact", "int8", "again")}
+    assert sample("cat", "--seed", 2, "--out", paths["exact"])[0] == 0
+    assert sample("cat", "--seed", 2, "--int8", "--out", paths["int8"])[0] == 0
+    assert pixels(paths["int8"]) != pixels(paths["exact"])
+    assert sample("--recipe", paths["int8"], "--out", paths["again"])[0] == 0
+    assert pixels(paths["again"]) == pixels(paths["int8"])
+    assert read_recipe(paths["int8"]).int8
+    assert not read_recipe(paths["exact"]).int8
+
+
+def test_low_memory_draws_the_same_picture_in_strips(sample, tmp_path, monkeypatch):
+    whole, sliced = tmp_path / "whole.png", tmp_path / "sliced.png"
+    assert sample("cat", "--seed", 2, "--out", whole)[0] == 0
+    monkeypatch.setitem(slices.STRIP, "cpu", 64)
+    taken = []
+    original = slices.norm_silu_conv
+    monkeypatch.setattr(vqvae, "norm_silu_conv", lambda *a, **k: taken.append(1) or original(*a, **k))
+    assert sample("cat", "--seed", 2, "--low-memory", "--out", sliced)[0] == 0
+    assert taken
+    assert max(abs(a - b) for a, b in zip(pixels(whole), pixels(sliced), strict=True)) <= 1
+
+
+def test_a_recipe_with_a_precision_that_is_none_is_refused(sample, tmp_path):
+    from star_core.pictures import Recipe, save_png
+
+    path = tmp_path / "odd.png"
+    save_png(Image.new("RGB", (4, 4)), path, Recipe("a", "", 1, 0, "top-k", (16, 16), "tiny", "load"))
+    code, _, error = sample("--recipe", path, "--out", tmp_path / "b.png")
+    assert code == 2
+    assert "dtype 'load'" in error
 
 
 def test_prompts_come_from_a_file_too(sample, tmp_path):

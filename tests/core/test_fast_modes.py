@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from star_core.generate import ScaleStep, generate
+import star_core.generate as generate_module
+from star_core.config import TokenMap
+from star_core.generate import KeptTokens, ScaleStep, generate
 from star_core.pruning import restore, run_count, take, worth_running
 from star_core.resume import shared_scales
 from star_core.rope import axial_rope, rotate
 from star_core.sampling import PictureSeed
 from star_core.schedule import ScaleSchedule
+from star_core.star import Options, load
 
 SCALES = 4
 
@@ -139,6 +142,51 @@ def test_resuming_a_pruned_picture_equals_the_whole_run(model: object, ask: Call
         assert all(equal(tokens_of(resumed, row), tokens_of(full, row)) for row in range(2))
 
 
+def test_a_pruned_scale_is_restored_from_the_scale_before(
+    model: object, ask: Callable, make_schedule: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[TokenMap, TokenMap]] = []
+
+    def recorded(run: Tensor, positions: Tensor, earlier: Tensor, earlier_map: TokenMap, token_map: TokenMap):
+        assert earlier.shape[:2] == (run.shape[0], earlier_map[0] * earlier_map[1])
+        seen.append((earlier_map, token_map))
+        return restore(run, positions, earlier, earlier_map, token_map)
+
+    monkeypatch.setattr(generate_module, "restore", recorded)
+    schedule = with_fields(with_fields(make_schedule("plain"), 2, prune=0.4), 3, unguided=True)
+    model.run(ask([1, 2], schedule))
+    assert seen == [(model.maps[1], model.maps[2]), (model.maps[2], model.maps[3])]
+
+
+def test_kept_tokens_are_pruned_first(
+    model: object, ask: Callable, tokens: Callable, make_schedule: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    taken: list[Tensor] = []
+    original = generate_module.worth_running
+
+    def recorded(*arguments: object) -> Tensor:
+        taken.append(original(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(generate_module, "worth_running", recorded)
+    # A quarter of every map is to be drawn, half of it may be run: all that is drawn is run.
+    masks = tuple(torch.arange(h * w).expand(2, -1) >= (h * w + 3) // 4 for h, w in model.maps)
+    kept = KeptTokens(tokens(model.maps, 2, 3), masks)
+    model.run(ask([1, 2], with_fields(make_schedule("plain"), 2, prune=0.5), kept=kept))
+    for positions, mask in zip(taken, masks[2:], strict=True):
+        for row in range(4):
+            free = set((~mask[row % 2]).nonzero().flatten().tolist())
+            assert free <= set(positions[row].tolist())
+
+
+def test_a_stretched_schedule_shares_its_scales_with_itself():
+    star = load()
+    text = "maps 1 2 3; top_k 5; guidance 1; unguided no no yes; stretch yes"
+    request = star.request(["a cat"], options=Options(schedule=text))
+    assert request.schedule.guided_scales == 4
+    assert shared_scales(request, request) == 6
+
+
 def test_pruning_next_to_nothing_is_nearly_the_whole_look(
     model: object, ask: Callable, make_schedule: Callable
 ):
@@ -200,14 +248,15 @@ def test_the_first_scale_cannot_be_pruned(make_schedule: Callable):
         with_fields(make_schedule("plain"), 0, prune=0.5)
 
 
-# Nothing waits for the device within a scale.
+# No value is read back from the device within a scale.
 
 
 @pytest.mark.parametrize("kind", ["plain", "smooth", "confidence", "masked"])
 def test_the_loop_never_asks_the_device_for_a_value(
     tiny: Callable, ask: Callable, make_schedule: Callable, kind: str
 ):
-    # On the meta device there are no values: whoever asked for one would raise. A GPU would wait there.
+    # On the meta device there are no values: whoever asked for one would raise. The official strategy does, to
+    # see whether it may end early. Whether sending noise to a GPU is waited for, no CPU can show.
     meta = torch.device("meta")
     for cross_attention in ("paired", "independent"):
         model = tiny(cross_attention)

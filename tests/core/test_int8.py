@@ -49,12 +49,27 @@ def test_a_device_without_byte_products_makes_the_weights_whole(monkeypatch: pyt
     linear = some_linear(64, 32)
     ours, x = Int8Linear(linear), random(5, 64, seed=2)
     by_bytes = ours(x)
-    monkeypatch.setitem(int8.LEAST_ROWS, "cpu", 17)
+    monkeypatch.delitem(int8.LEAST_ROWS, "cpu")
     whole = ours(x)
     assert not torch.equal(whole, by_bytes), "the other way was taken"
     assert relative_error(whole, linear(x)) < 0.01
     odd = some_linear(13, 7)
     assert relative_error(Int8Linear(odd)(random(40, 13)), odd(random(40, 13))) < 0.02
+
+
+@pytest.mark.parametrize("least", [1, 17])
+def test_a_token_does_not_depend_on_how_many_there_are(monkeypatch: pytest.MonkeyPatch, least: int):
+    # CUDA's byte product wants more than 16 rows: fewer are filled up, not computed in another way.
+    monkeypatch.setitem(int8.LEAST_ROWS, "cpu", least)
+    ours, x = Int8Linear(some_linear(64, 32)), random(40, 64, seed=3)
+    together = ours(x)
+    for count in (1, 5, 16, 17):
+        assert torch.equal(ours(x[:count]), together[:count])
+
+
+def test_a_layer_that_a_host_left_behind_computes_where_its_input_is():
+    ours = Int8Linear(some_linear(64, 32))
+    assert ours(torch.empty(2, 64, device="meta")).device.type == "meta"
 
 
 def test_a_weight_of_zeros_stays_zero():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from star_core.causal_sampler import CausalSampler
@@ -61,6 +62,13 @@ def find_comfy() -> Comfy | str:
     if probe.returncode:
         return f"{python} lacks ComfyUI's requirements: set COMFYUI_PYTHON to the interpreter that has them"
     return Comfy(path, python)
+
+
+def skip_below(folder: Path, items: list[pytest.Item], missing: str | None) -> None:
+    """Skip the tests of a folder, in one line, where something is missing."""
+    for item in items:
+        if missing is not None and folder in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=missing))
 
 
 def write_tiny_model(folder: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from comfy_server import Comfy, Server, find_comfy
+from comfy_server import Comfy, Server, find_comfy, skip_below
 
 if TYPE_CHECKING:
     from browser import ComfyPage
@@ -38,12 +38,7 @@ MISSING = missing()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if MISSING is None:
-        return
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=MISSING))
+    skip_below(Path(__file__).parent, items, MISSING)
 
 
 def renderers() -> list[str]:

@@ -166,24 +166,25 @@ class Faults:
     """Counts what the engine does, and makes it fail where a test wants it to."""
 
     def __init__(self):
-        self.count = {"blocks": 0, "drawn": 0, "decoded": 0}
+        self.count = {"blocks": 0, "drawn": 0, "decoded": 0, "strips": 0}
         self.wanted = {}
         transformer, vqvae = part("star_core.transformer"), part("star_core.vqvae")
         self._watch(transformer.TextBlock, "forward", "blocks", self._at_block)
-        self._watch(transformer.Transformer, "logits", "drawn", lambda *a: None)
+        self._watch(transformer.Transformer, "logits", "drawn", lambda *a, **k: None)
         self._watch(vqvae.VQVAE, "pictures", "decoded", self._at_decoding)
+        self._watch(vqvae.ResidualBlock, "_in_strips", "strips", lambda *a, **k: None)
 
     def _watch(self, owner, method, what, fault):
         original = getattr(owner, method)
 
         def watched(module, *a, **k):
             self.count[what] += 1
-            fault(*a)
+            fault(*a, **k)
             return original(module, *a, **k)
 
         setattr(owner, method, watched)
 
-    def _at_block(self, *_):
+    def _at_block(self, *_, **__):
         if self.count["blocks"] == self.wanted.get("interrupt_at_block"):
             mm.interrupt_current_processing(True)
         if self.count["blocks"] == self.wanted.get("oom_at_block"):
@@ -191,7 +192,9 @@ class Faults:
         if self.count["blocks"] == self.wanted.get("error_at_block"):
             raise RuntimeError("made up")
 
-    def _at_decoding(self, f_hat):
+    def _at_decoding(self, f_hat, sliced=False):
+        if self.wanted.get("only_in_strips") and not sliced:
+            raise torch.cuda.OutOfMemoryError("made up")
         if f_hat.shape[0] > self.wanted.get("largest_batch", 1 << 30):
             raise torch.cuda.OutOfMemoryError("made up")
         if f_hat.shape[-1] > self.wanted.get("largest_side", 1 << 30):
@@ -257,6 +260,7 @@ def run(request):
     SERVER.previews.clear()
     FAULTS.wanted = request.get("faults", {})
     FAULTS.count = dict.fromkeys(FAULTS.count, 0)
+    part("star_core.slices").STRIP["cpu"] = FAULTS.wanted.get("strip", 1 << 21)
     args.preview_method = LatentPreviewMethod(request.get("preview_method", "none"))
     prompt, outputs = request["prompt"], request["outputs"]
     check = execution.validate_prompt

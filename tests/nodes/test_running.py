@@ -122,6 +122,19 @@ def test_where_even_a_tile_does_not_fit_the_error_is_the_user_s(comfy, prompt):
     ]
 
 
+def test_strips_under_comfyui_s_layers_are_the_same_picture(comfy, prompt):
+    graph = prompt(seed=540, batch_size=2)
+    graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0]).probe("decode", name="image")
+    ran = comfy.run(graph)
+    whole = ran.array("image")
+    assert ran.count["strips"] == 0
+    comfy.run(graph.change("sample", seed=1))
+    ran = comfy.run(graph, faults={"only_in_strips": 1, "strip": 300})
+    assert abs(ran.array("image") - whole).max() < 1e-4
+    assert ran.count["strips"] > 0
+    assert ran.count["decoded"] == 1 + 1 + 2
+
+
 def test_tiled_decoding_of_a_map_that_fits_one_tile_is_the_whole_picture(comfy, prompt):
     graph = prompt(seed=520)
     graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0]).probe("decode", name="image")

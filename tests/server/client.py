@@ -109,8 +109,20 @@ class Client:
         """Say what lives in the server's process."""
         return dict(self.server.get("/star_test/alive" + ("?collect=1" if collect else "")))
 
+    def rest(self) -> None:
+        """Wait until the worker waits for prompts again.
+
+        It says that a prompt has ended while it is still inside it. A /free at that moment is done on the spot,
+        with the prompt's results still in its hands, and not again before the next one.
+        """
+        end = time.monotonic() + 20
+        while self.server.get("/prompt")["exec_info"]["queue_remaining"] and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.5)
+
     def free(self) -> dict[str, int]:
         """Do what the browser's button does, and wait until the server has done it; return what lives on."""
+        self.rest()
         self.post("/free", {"unload_models": True, "free_memory": True})
         # ComfyUI collects garbage at most every ten seconds, and only then are the networks gone.
         end = time.monotonic() + 40

@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "e2e")]
 
-from comfy_server import Comfy, Server, find_comfy  # noqa: E402
+from comfy_server import Comfy, Server, find_comfy, skip_below  # noqa: E402
 
 if TYPE_CHECKING:
     from client import Client
@@ -34,11 +34,7 @@ MISSING = missing()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if MISSING is None:
-        return
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=MISSING))
+    skip_below(HERE, items, MISSING)
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,14 @@ def test_a_row_that_few_schedules_have_waits_for_its_line(text: str, shown: dict
     assert {name: value("isShownIn", name, text) for name in shown} == shown
 
 
+def test_no_bar_prunes_the_first_scale() -> None:
+    assert value("possible", "prune", [0.3, 0.3, 0.3]) == [0, 0.3, 0.3]
+    assert value("possible", "top_k", [5, 5]) == [5, 5]
+    written = value("writeValues", "maps 1 2 3\nprune 0", "prune", [0, 0.3, 0.3])
+    assert [policy.prune for policy in parse_schedule(written).scales] == [0, 0.3, 0.3]
+    assert value("rangeOf", "prune", [0, 0.5]) == {"bottom": 0, "top": 0.95}
+
+
 DRAWING = [
     "maps 1 2\ntop_k 5",
     "maps 1 2\nsteps 8",

@@ -2,7 +2,7 @@
 //
 // A change is reported as begin(), change(values)..., end(): everything between is one step for undo.
 
-import { colourOf, heightOf, rangeOf, shownValue, stepped, valueAt } from "./quantities.js";
+import { colourOf, heightOf, possible, rangeOf, shownValue, stepped, valueAt } from "./quantities.js";
 import { typedValue } from "./schedule_part.js";
 
 const DRAG_THRESHOLD = 3; // pixels of the screen: less is a click, which only moves the focus
@@ -111,7 +111,8 @@ export class BarRow {
 
   /** Set the value of one scale, or of all. */
   put(scale, value, all = false) {
-    const values = this.values.map((old, index) => (all || index === scale ? value : old));
+    const wanted = this.values.map((old, index) => (all || index === scale ? value : old));
+    const values = possible(this.name, wanted);
     if (values.some((changed, index) => changed !== this.values[index])) this.report.change(values);
   }
 

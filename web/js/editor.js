@@ -117,9 +117,11 @@ export class ScheduleEditor {
     }
   }
 
-  // A smooth scale draws a soft mixture: the filters do not apply to it. Nor does guidance to an unguided one.
+  // A smooth scale draws a soft mixture: the filters do not apply to it. Nor does guidance to an unguided one,
+  // and the first scale is never pruned.
   filtersIdle(name, scale) {
     if (name === "guidance") return Boolean(this.schedule.values.unguided?.[scale]);
+    if (name === "prune") return scale === 0;
     return (name === "top_k" || name === "top_p") && Boolean(this.schedule.values.smooth?.[scale]);
   }
 

@@ -14,7 +14,7 @@ const LOOKS = {
   transformer_steps: { top: 16, step: 1, decimals: 0, grows: true, colour: "#4f8ff7" },
   random_steps: { top: 16, step: 1, decimals: 0, grows: true, colour: "#1fae9b" },
   unguided: { top: 1, step: 1, decimals: 0, switch: true, colour: "#8b74f2" },
-  prune: { top: 1, step: 0.05, decimals: 2, off: true, colour: "#7c8794" },
+  prune: { top: 0.95, step: 0.05, decimals: 2, off: true, colour: "#7c8794" },
 };
 
 /** Whether a quantity is one that few schedules have: its row waits until the text asks for it. */
@@ -27,6 +27,11 @@ export function isShown(name, schedule) {
   // A fast mode's line is written only where someone wants it; presets write `smooth no`.
   if (FAST_MODES.includes(name)) return Object.hasOwn(schedule.values, name);
   return !isRare(name) || valuesOf(schedule, name).some(Boolean);
+}
+
+/** Values that a text may have: the first scale has none before it to restore tokens from, so it is never pruned. */
+export function possible(name, values) {
+  return name === "prune" ? values.map((value, scale) => (scale === 0 ? 0 : value)) : values;
 }
 
 export function colourOf(name) {

@@ -3,7 +3,7 @@
 const WORDS = {
   en: {
     presets: "Presets…",
-    presetsTip: "Write a released schedule into the text, made for these sides",
+    presetsTip: "Write a preset into the text, made for these sides",
     fill: "Sides from model",
     fillTip: "Write the sides of the connected Load STAR into the text",
     scale: "scale {0} of {1} · side {2}",
@@ -20,7 +20,7 @@ const WORDS = {
   },
   zh: {
     presets: "预设…",
-    presetsTip: "把官方发布的调度写入文本，并适配当前各尺度的边长",
+    presetsTip: "把预设写入文本，并适配当前各尺度的边长",
     fill: "从模型读取边长",
     fillTip: "把所连接的 Load STAR 的各尺度边长写入文本",
     scale: "第 {0}/{1} 尺度 · 边长 {2}",
@@ -37,7 +37,7 @@ const WORDS = {
   },
   ja: {
     presets: "プリセット…",
-    presetsTip: "公開されたスケジュールを、このサイズ用にテキストへ書き込みます",
+    presetsTip: "プリセットを、このサイズ用にテキストへ書き込みます",
     fill: "モデルのサイズを使う",
     fillTip: "接続された Load STAR のサイズをテキストへ書き込みます",
     scale: "スケール {0}/{1} · 一辺 {2}",
