@@ -58,6 +58,20 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def can_forget(folder: Path) -> bool:
+    """Whether the system can drop these files from its cache: not where they live in memory alone."""
+    mounts = Path("/proc/mounts")
+    if not mounts.exists():
+        return False
+    place = str(folder.resolve())
+    found = ("", "")
+    for line in mounts.read_text().splitlines():
+        _, point, kind, *_ = line.split()
+        if place.startswith(point.rstrip("/") + "/") and len(point) >= len(found[0]):
+            found = point, kind
+    return found[1] not in ("", "tmpfs", "ramfs")
+
+
 def read_bytes(folder: Path) -> None:
     buffer = memoryview(bytearray(CHUNK))
     for path in weight_files(folder):
@@ -115,14 +129,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(config_of(arguments.size), 0, getattr(torch, arguments.dtype), folder)
+        states = STATES if can_forget(folder) else STATES[:1]
         size = sum(path.stat().st_size for path in weight_files(folder))
         run_once("bytes", arguments, folder)
         for _ in range(arguments.rounds):
-            for state in STATES:
+            for state in states:
                 for way in WAYS:
                     if state == "cold":
                         forget(folder)
                     found[f"{way}, {state}"].append(run_once(way, arguments, folder))
+    found = {name: runs for name, runs in found.items() if runs}
     seconds = {name: middle([run["seconds"] for run in runs]) for name, runs in found.items()}
     peaks = {name: max(run["peak"] for run in runs) for name, runs in found.items()}
     ratios = {

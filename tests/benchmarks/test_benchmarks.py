@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import against_official  # noqa: E402
+import everything  # noqa: E402
 import fast_modes  # noqa: E402
 import load as load_benchmark  # noqa: E402
 import scaling  # noqa: E402
@@ -115,6 +116,18 @@ def test_reading_reads_every_weight_file(tmp_path: Path):
     ]
     load_benchmark.read_bytes(tmp_path)
     load_benchmark.forget(tmp_path)
+
+
+def test_a_benchmark_that_cannot_run_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("STAR_REFERENCE", raising=False)
+    assert "STAR_REFERENCE" in everything.run("against_official", 60)["left_out"]
+    assert everything.run("load", 0) == {"left_out": "no time was left"}
+    assert everything.run("scaling", 0.2) == {"left_out": "not done within 0 s"}
+    monkeypatch.setattr(everything, "HERE", tmp_path)
+    (tmp_path / "load.py").write_text("print('noise'); print('{\"a\": 1}'); raise SystemExit(1)")
+    assert everything.run("load", 60) == {"a": 1, "exit_code": 1}
+    (tmp_path / "scaling.py").write_text("raise SystemExit(3)")
+    assert "exit code 3" in everything.run("scaling", 60)["left_out"]
 
 
 def test_every_fast_mode_is_another_schedule_than_the_exact_one():
