@@ -79,6 +79,7 @@ def test_out_of_memory_while_drawing_reaches_the_user_and_leaves_no_cache(client
     said = failure(client, prompt(seed=6, batch_size=16), "sample")
     assert "out of memory" in said
     # The keys and values of the failed batch are gone, whoever keeps the exception.
+    client.rest()
     assert client.alive(collect=True)["LayerCache"] == 0
     assert client.post("/star_test/fault", {}) == {"block": 0, "decoder": 0}
 
