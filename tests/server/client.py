@@ -124,10 +124,14 @@ class Client:
         """Do what the browser's button does, and wait until the server has done it; return what lives on."""
         self.rest()
         self.post("/free", {"unload_models": True, "free_memory": True})
-        # ComfyUI collects garbage at most every ten seconds, and only then are the networks gone.
+        # The server collects garbage once, there and then. Looking at what lives holds everything for a moment:
+        # what is looked at during the collection survives it. So look seldom.
         end = time.monotonic() + 40
-        while (left := self.alive())["Networks"] and time.monotonic() < end:
-            time.sleep(0.2)
+        while True:
+            time.sleep(3)
+            left = self.alive()
+            if not left["Networks"] or time.monotonic() > end:
+                break
         return left
 
 
