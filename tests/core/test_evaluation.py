@@ -32,7 +32,7 @@ from star_core.evaluation.rprecision import (
     wrong_captions,
 )
 from star_core.evaluation.run import marked
-from star_core.evaluation.sheet import draw_sheet, load_prompts, mark, read_answers
+from star_core.evaluation.sheet import PROMPTS_FILE, draw_sheet, load_prompts, mark, read_answers
 from star_core.sampling import PictureSeed
 from star_core.star import Options, Star
 from star_core.training.emoji import EmojiSet, Record
@@ -520,6 +520,14 @@ def test_the_48_fixed_prompts_accept_what_they_ask_for() -> None:
     # Numbers shuffled by one are nearly all wrong: the accepted names tell the prompts apart.
     shifted = {1 + number % 48: answer for number, answer in answers.items()}
     assert sum(mark(shifted, prompts)) <= 2
+
+
+def test_the_committed_answers_are_those_that_the_notes_count() -> None:
+    answers = read_answers(PROMPTS_FILE.with_name("answers.txt").read_text(encoding="utf-8"))
+    assert len(answers) == 48
+    right = sum(mark(answers, load_prompts()))
+    notes = (Path(__file__).parents[2] / "NOTES.md").read_text(encoding="utf-8")
+    assert f"{right} named right by a reader" in notes
 
 
 def test_the_held_out_prompts_of_the_sheet_are_captions_of_held_out_pairs() -> None:
