@@ -51,8 +51,8 @@ def our_sample(pair: Pair, schedule: ScaleSchedule, seeds: Sequence[int], strate
     known: list[Tensor] = []
     refine = generate.refine
 
-    def counted(work: Any, start: Any) -> Iterator[Any]:
-        maps = list(refine(work, start))
+    def counted(work: Any, start: Any, *free: Any) -> Iterator[Any]:
+        maps = list(refine(work, start, *free))
         counts = [filling.known.sum(dim=1) for filling in maps]
         # A map that is full early ends our loop; the official one goes on over the full map.
         counts += [counts[-1]] * (work.policy.steps - len(counts))
