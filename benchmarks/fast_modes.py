@@ -87,11 +87,13 @@ def modes(*, sampler: bool) -> list[Mode]:
 # The gain
 
 
-def time_modes(size: str, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+def time_modes(
+    size: str, dtype: torch.dtype, device: torch.device, rounds: int, *, graphs: bool
+) -> dict[str, dict[str, float]]:
     """Draw with every mode in turn; return seconds and the ratio to the exact mode of its kind."""
     config = config_of(size)
-    exact = build_star(config, 0, dtype, device)
-    small = build_star(config, 0, dtype, device)
+    exact = build_star(config, 0, dtype, device, graphs=graphs)
+    small = build_star(config, 0, dtype, device, graphs=graphs)
     quantize_linears(small.transformer)
     if small.causal_sampler is not None:
         quantize_linears(small.causal_sampler)
@@ -101,6 +103,8 @@ def time_modes(size: str, dtype: torch.dtype, device: torch.device, rounds: int)
         for mode in every:
             star = small if mode.int8 else exact
             schedule = mode.change(read_schedule(mode.base, config.maps))
+            if graphs:  # those of the mode before are forgotten: recorded anew, not timed
+                star.draw([PROMPT], options=Options(seed=turn, schedule=schedule))
             settle(device)
             began = time.perf_counter()
             star.draw([PROMPT], options=Options(seed=turn, schedule=schedule))
@@ -128,7 +132,7 @@ class Logits:
         self._original = star_core.generate._draw_scale
 
         def recorded(picture: Any, *arguments: Any) -> Any:
-            _, _, schedule, features, scale = arguments
+            _, _, schedule, features, scale, *_ = arguments
             self.last = picture.guided_logits(features, schedule.scales[scale].strength)
             return self._original(picture, *arguments)
 
@@ -216,11 +220,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--no-graphs", action="store_true", help="on a GPU: launch every kernel")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     costs = cost_of_modes(arguments.prompts, arguments.seed)
-    times = time_modes(arguments.size, getattr(torch, arguments.dtype), device, arguments.rounds)
+    graphs = device.type == "cuda" and not arguments.no_graphs
+    times = time_modes(arguments.size, getattr(torch, arguments.dtype), device, arguments.rounds, graphs=graphs)
     print("\n".join(lines(times, costs)), file=sys.stderr)
     report(
         {
@@ -228,6 +234,7 @@ def main() -> int:
             "machine": machine(device),
             "size": arguments.size,
             "dtype": arguments.dtype,
+            "graphs": graphs,
             "batch": 1,
             "seed": arguments.seed,
             "gain": times,

@@ -4,9 +4,9 @@
 
 Random weights of the released shapes, the released schedule without the causal sampler (with it: --sampler).
 For every combination: seconds per picture and per scale, the share of text, transformer, causal sampler,
-sampling and decoding, and peak memory, beside the floor: the operations of every scale at the rate of this
-machine's largest matrix product, or its bytes at the rate of a copy, whichever takes longer. Ends in one JSON
-line.
+sampling and decoding, and peak memory (on a GPU with CUDA graphs too), beside the floor: the operations of a
+scale at the rate of this machine's largest matrix product, or its bytes at the rate of a copy, whichever takes
+longer. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from workbench import (
 import star_core.causal_sampler
 import star_core.generate
 from star_core.config import StarConfig, square_maps, token_count
+from star_core.graphs import Replays
 from star_core.star import Options, Star
 
 SIDES = {
@@ -116,15 +117,13 @@ def watched(star: Star, watch: Stopwatch) -> Iterator[None]:
 def measure(star: Star, batch: int, runs: int, device: torch.device) -> dict[str, Any]:
     """Draw a few batches; return medians of whole pictures, then of scales and parts in a run of their own."""
     prompts = [PROMPT] * batch
-    peak, whole = Peak(device), []
-    star.draw(prompts, options=Options(seed=0))
-    for seed in range(1, runs + 1):
-        peak.reset()
-        settle(device)
-        began = time.perf_counter()
-        star.draw(prompts, options=Options(seed=seed))
-        settle(device)
-        whole.append(time.perf_counter() - began)
+    whole, peak = whole_batches(star, prompts, runs, device)
+    repeated = {}
+    if device.type == "cuda":
+        star.replays = Replays()
+        seconds, held = whole_batches(star, prompts, runs, device)
+        repeated = {"seconds_with_graphs": middle(seconds) / batch, "peak_gib_with_graphs": held}
+        star.replays = None
     watch, scales = Stopwatch(device), []
     with watched(star, watch), watch.part("rest"):
         last = time.perf_counter()
@@ -137,10 +136,25 @@ def measure(star: Star, batch: int, runs: int, device: torch.device) -> dict[str
     return {
         "batch": batch,
         "seconds_per_picture": middle(whole) / batch,
-        "peak_gib": round(peak.read() / GIB, 2),
+        "peak_gib": peak,
+        **repeated,
         "seconds_per_scale": [round(seconds, 4) for seconds in scales],
         "shares": {name: round(seconds / total, 3) for name, seconds in watch.seconds.items()},
     }
+
+
+def whole_batches(star: Star, prompts: list[str], runs: int, device: torch.device) -> tuple[list[float], float]:
+    """Return the seconds of each warm batch, text and decoding included, and the peak in GiB."""
+    peak, seconds = Peak(device), []
+    star.draw(prompts, options=Options(seed=0))
+    peak.reset()
+    for seed in range(1, runs + 1):
+        settle(device)
+        began = time.perf_counter()
+        star.draw(prompts, options=Options(seed=seed))
+        settle(device)
+        seconds.append(time.perf_counter() - began)
+    return seconds, round(peak.read() / GIB, 2)
 
 
 # The floor
@@ -244,6 +258,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         f" {result['seconds_per_picture']:.3f} s a picture"
         f" (floor {result['floor_seconds_per_picture']:.3f}), {result['peak_gib']} GiB"
     )
+    if "seconds_with_graphs" in result:
+        yield (f"  with graphs {result['seconds_with_graphs']:.3f} s, {result['peak_gib_with_graphs']} GiB")
     yield "  scales " + " ".join(f"{seconds:.3f}" for seconds in result["seconds_per_scale"])
     shares = [[name, f"{share:.0%}"] for name, share in result["shares"].items() if share]
     yield from ("  " + line for line in table(shares))

@@ -139,7 +139,9 @@ def write_model(config: StarConfig, seed: int, dtype: torch.dtype, folder: Path)
     shutil.copytree(SHIPPED / "tokenizer", folder / "tokenizer")
 
 
-def build_star(config: StarConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> Star:
+def build_star(
+    config: StarConfig, seed: int, dtype: torch.dtype, device: torch.device | str, *, graphs: bool = False
+) -> Star:
     """Return a model of this configuration with random weights."""
     networks, vqvae = build_networks(config, seed, dtype, device), build_vqvae(config, seed, dtype, device)
     text = TextEncoder(build_text_model(seed, dtype, device), tokenizer())
@@ -150,6 +152,7 @@ def build_star(config: StarConfig, seed: int, dtype: torch.dtype, device: torch.
         vqvae,
         text,
         torch.device(device),
+        graphs=graphs,
     )
 
 

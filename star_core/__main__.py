@@ -79,6 +79,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--int8", action="store_true", help="fast mode: 8-bit weights (another picture)")
     parser.add_argument(
+        "--graphs", action="store_true", help="repeat scales as CUDA graphs: for many pictures on a GPU"
+    )
+    parser.add_argument(
         "--low-memory", action="store_true", help="decode in strips: the same picture, less memory, slower"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -31,20 +31,17 @@ class LayerCache:
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return all keys and values, the given scale's included.
 
-        A scale that no longer fits is not stored: nothing reads the last one (40 % of the cache).
+        A scale that no longer fits is not stored: nothing reads the last one (40 % of the cache). Fewer rows
+        than the cache has are its first ones.
         """
-        start, stop = self.filled, self.filled + keys.shape[2]
+        rows, start, stop = keys.shape[0], self.filled, self.filled + keys.shape[2]
         if stop > self.keys.shape[2]:
-            seen = self.keys[:, :, :start], self.values[:, :, :start]
+            seen = self.keys[:rows, :, :start], self.values[:rows, :, :start]
             return torch.cat([seen[0], keys], dim=2), torch.cat([seen[1], values], dim=2)
-        self.keys[:, :, start:stop] = keys
-        self.values[:, :, start:stop] = values
+        self.keys[:rows, :, start:stop] = keys
+        self.values[:rows, :, start:stop] = values
         self.filled = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-    def keep_rows(self, count: int) -> None:
-        """Go on with the first `count` rows."""
-        self.keys, self.values = self.keys[:count], self.values[:count]
+        return self.keys[:rows, :, :stop], self.values[:rows, :, :stop]
 
 
 class KVCache:
@@ -61,6 +58,11 @@ class KVCache:
         whole = torch.empty((depth, 2, *shape), dtype=dtype, device=device)
         self.layers = tuple(LayerCache(keys, values) for keys, values in whole)
 
+    def seek(self, tokens: int) -> None:
+        """Go on behind the first `tokens` tokens, which are there."""
+        for layer in self.layers:
+            layer.filled = tokens
+
 
 class TextKeys(NamedTuple):
     """What one block's cross-attention reads of the text: keys and values (B, H, T, head_width).
@@ -76,6 +78,12 @@ class TextKeys(NamedTuple):
         """Return the first `count` rows."""
         mask = self.mask[:count] if self.mask is not None else None
         return TextKeys(self.keys[:count], self.values[:count], mask)
+
+    def overwrite(self, fresh: TextKeys) -> None:
+        """Take over the first rows from another text of the same length."""
+        for held, new in zip(self, fresh, strict=True):
+            if held is not None and new is not None:
+                held[: len(new)].copy_(new)
 
 
 def _queries(x: Tensor, log_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ tokens fixed so far and draws the rest given them; every step redraws all positi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -91,16 +92,20 @@ def unmask_counts(steps: int, tokens: int) -> list[int]:
     With more steps than tokens the official formula goes wrong (it ends in counts below 1; its models
     never refine maps that small): then one token per step. Counts below 1 are lifted likewise.
     """
-    steps = min(steps, tokens)
+    return list(_unmask_counts(min(steps, tokens), tokens))
+
+
+@functools.cache
+def _unmask_counts(steps: int, tokens: int) -> tuple[int, ...]:
     if steps < 2:
-        return [tokens] * steps
+        return (tokens,) * steps
     shares = torch.arccos(torch.linspace(1, 0, steps)) / (math.pi * 0.5)
     counts = [int(c) for c in (shares / shares.sum() * tokens).round().int().clamp_min(1)]
     counts[-1] += tokens - sum(counts)
     while counts[-1] < 1:
         counts[counts.index(max(counts))] -= 1
         counts[-1] += 1
-    return counts
+    return tuple(counts)
 
 
 @dataclass(frozen=True)
@@ -131,23 +136,43 @@ class PartialMap:
         return PartialMap(torch.where(fresh, drawn, self.tokens), self.known | fresh)
 
 
-def refine(work: Refinement, start: PartialMap, free: Sequence[int] | None = None) -> Iterator[PartialMap]:
+def refine(
+    work: Refinement,
+    start: PartialMap,
+    free: Sequence[int] | None = None,
+    look: Callable[[Tensor], bool] = bool,
+) -> Iterator[PartialMap]:
     """Yield the map after each step, until every token is known.
 
     free: how many tokens of each row are not known yet, where the caller has counted them already. Then only
-    the official strategy asks the device on the way: it alone may be done before its last step.
+    the official strategy asks the device on the way, through `look`, whether it is done before its last step;
+    it alone may be.
     """
     if free is None:
         free = (~start.known).sum(dim=1).tolist()
     plans = [unmask_counts(work.policy.steps, n) if n else [] for n in free]
     filling = start
     for step in range(max(map(len, plans))):
-        if work.strategy == "official" and bool(filling.known.all()):
+        if _may_be_full(work, plans, step) and look(filling.known.all()):
             return
         wanted = [plan[step] if step < len(plan) else 0 for plan in plans]
-        counts = upload(torch.tensor(wanted), start.tokens.device)
-        filling = _refine_step(work, filling, step, counts)
+        filling = _refine_step(work, filling, step, _on_device(wanted, start.tokens.device))
         yield filling
+
+
+def _may_be_full(work: Refinement, plans: Sequence[Sequence[int]], step: int) -> bool:
+    """Whether every row's steps before this one can have fixed all that its plan fixes in the end."""
+    if work.strategy != "official":
+        return False
+    twice = min(step, work.policy.transformer_steps)
+    return all(sum(plan[:step]) + sum(plan[:twice]) >= sum(plan) for plan in plans)
+
+
+def _on_device(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return counts (B,); without a transfer where all are equal, as they are unless some tokens are kept."""
+    if len(set(counts)) == 1:
+        return torch.full((len(counts),), counts[0], device=device)
+    return upload(torch.tensor(counts), device)
 
 
 def _refine_step(work: Refinement, filling: PartialMap, step: int, counts: Tensor) -> PartialMap:

@@ -8,7 +8,8 @@ codebook vectors to f_hat. One `ScaleStep` is yielded per scale; whoever stops i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 from .attention import TextKeys
 from .causal_sampler import CausalSampler, PartialMap, Refinement, refine, sampler_logits
 from .config import TokenMap, token_count
-from .pruning import restore, take, worth_running
+from .graphs import Look, Pace, Replays, look_at_once
+from .pruning import restore, run_count, take, worth_running
 from .quantizer import MultiScaleQuantizer
 from .rope import Rotation
-from .sampling import PictureSeed, ScaleNoise, draw, guide, smooth_weights
+from .sampling import KeptNoise, PictureSeed, ScaleNoise, draw, guide, smooth_weights
 from .schedule import ScalePolicy, ScaleSchedule
 from .text_encoder import TextStates
 from .transformer import Transformer, longest_cache
@@ -58,6 +60,10 @@ class ScaleStep:
     def to(self, device: torch.device) -> ScaleStep:
         """Return the step with its tensors on a device."""
         return dataclasses.replace(self, tokens=self.tokens.to(device), f_hat=self.f_hat.to(device))
+
+    def copy(self) -> ScaleStep:
+        """Return the step with tensors of its own."""
+        return dataclasses.replace(self, tokens=self.tokens.clone(), f_hat=self.f_hat.clone())
 
     def repeated(self, count: int) -> ScaleStep:
         """Return a step of `count` pictures, all equal to the one that this step has."""
@@ -128,58 +134,80 @@ class Request:
 class _Picture:
     """The state of one batch while it is drawn: rows are B conditional ones, then their twins while any guide.
 
-    `before` are the features and the map of the scale before, where a later one is pruned.
+    `seen` are the last two scales' features, where a later one is pruned. A picture that `stays` serves one
+    request after another from the same memory, for graphs that know no other.
     """
 
     transformer: Transformer
     request: Request
-    twins: bool
+    schedule: ScaleSchedule
     device: torch.device
+    stays: bool = False
     rotation: Rotation = field(init=False)
-    text_keys: tuple[TextKeys, ...] = field(init=False)
+    text_keys: tuple[TextKeys, ...] = ()
     pooled: Tensor = field(init=False)
-    before: tuple[Tensor, TokenMap] | None = None
+    seen: dict[int, Tensor] = field(default_factory=dict)
+    noises: dict[int, KeptNoise] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         maps = self.request.maps
-        rows = len(self.request.seeds) * (2 if self.twins else 1)
         self.rotation = self.transformer.rotations(maps).to(self.device)
-        self.cache = self.transformer.new_cache(rows, longest_cache(maps), self.device)
+        self.cache = self.transformer.new_cache(self.rows(0), longest_cache(maps), self.device)
         self.offsets = [token_count(maps[:scale]) for scale in range(len(maps) + 1)]
+        run = [run_count(h * w, p.prune) for (h, w), p in zip(maps, self.schedule.scales, strict=True)]
+        self.cached = [sum(run[:scale]) for scale in range(len(maps))]
 
     def forget(self) -> None:
         """Let go of the large tensors."""
         self.cache.layers = ()
         self.text_keys = ()
-        self.before = None
+        self.seen.clear()
+        self.noises.clear()
 
-    def drop_twins(self) -> None:
-        """Go on without the unconditional rows: no later scale is guided."""
-        batch = len(self.request.seeds)
-        self.twins = False
-        self.pooled = self.pooled[:batch]
-        self.text_keys = tuple(keys.rows(batch) for keys in self.text_keys)
-        for layer in self.cache.layers:
-            layer.keep_rows(batch)
-        if self.before is not None:
-            self.before = self.before[0][:batch], self.before[1]
+    def rows(self, scale: int) -> int:
+        """Return how many rows a scale has: twins are left out where no later scale is guided."""
+        guided = self.schedule.guided and scale < self.schedule.guided_scales
+        return len(self.request.seeds) * (2 if guided else 1)
 
-    def read_prompt(self, scale: int) -> None:
-        """Take in the span that starts at this scale, if one does."""
+    def prepare(self, scale: int) -> None:
+        """Do what the host has to do before a scale: hand over the prompt that starts here, and chance."""
         for span in self.request.prompts:
             if span.start == scale:
-                self._read(span)
+                self._read(span, self.rows(scale))
+        if scale in self.noises:
+            self.noises[scale].renew(self.request.seeds)
 
-    def _read(self, span: PromptSpan) -> None:
-        rows = [span.conditional, span.unconditional] if self.twins else [span.conditional]
-        self.pooled = torch.cat([text.pooled for text in rows]).to(self.device)
+    def noise(self, scale: int) -> ScaleNoise:
+        """Return a scale's random numbers, from its first one on."""
+        if not self.stays:
+            return ScaleNoise(self.request.seeds, scale, self.device)
+        noise = self.noises.setdefault(scale, KeptNoise(self.request.seeds, scale, self.device))
+        noise.rewind()
+        return noise
+
+    @torch.no_grad()
+    def _read(self, span: PromptSpan, rows: int) -> None:
+        texts = [span.conditional, span.unconditional][: rows // len(self.request.seeds)]
+        pooled = torch.cat([text.pooled for text in texts]).to(self.device)
         if self.transformer.config.cross_attention == "paired":
-            rows = rows[:1]
-        hidden, mask = _without_padding(
-            torch.cat([text.hidden for text in rows]), torch.cat([text.mask for text in rows])
-        )
-        mask = mask.to(self.device) if mask is not None else None
-        self.text_keys = self.transformer.text_keys(hidden.to(self.device), mask)
+            texts = texts[:1]
+        hidden, mask = torch.cat([t.hidden for t in texts]), torch.cat([t.mask for t in texts])
+        shown = mask if self.stays else None
+        if not self.stays:
+            hidden, shown = _without_padding(hidden, mask)
+        shown = shown.to(self.device) if shown is not None else None
+        keys = self.transformer.text_keys(hidden.to(self.device), shown)
+        if self.stays and self.text_keys:
+            self.pooled[: len(pooled)].copy_(pooled)
+            for held, fresh in zip(self.text_keys, keys, strict=True):
+                held.overwrite(fresh)
+        else:
+            self.pooled, self.text_keys = pooled, keys
+
+    def scale_text(self, scale: int) -> tuple[TextKeys, ...]:
+        """Return what every block reads of the text at a scale."""
+        rows = self.rows(scale)
+        return tuple(keys.rows(rows) for keys in self.text_keys)
 
     def scale_rotation(self, scale: int) -> Rotation:
         return self.rotation.rows(self.offsets[scale], self.offsets[scale + 1])
@@ -191,12 +219,12 @@ class _Picture:
 
     def first_input(self) -> Tensor:
         height, width = self.request.maps[0]
-        start = self.transformer.start_token(self.pooled)
+        start = self.transformer.start_token(self.pooled[: self.rows(0)])
         return repeat(start, "r 1 c -> r n c", n=height * width)
 
     def next_input(self, codes: Tensor, scale: int) -> Tensor:
         x = self.transformer.scale_input(codes, scale)
-        return repeat(x, "b n c -> (twins b) n c", twins=2 if self.twins else 1)
+        return repeat(x, "b n c -> (twins b) n c", twins=self.rows(scale) // len(codes))
 
     def guided_logits(self, features: Tensor, strength: float) -> Tensor:
         """Return guided logits (B, n, V); twins' logits are computed only where guidance is on."""
@@ -233,35 +261,73 @@ def generate(
     quantizer: MultiScaleQuantizer,
     request: Request,
     device: torch.device,
+    replays: Replays[_Picture] | None = None,
 ) -> Generator[ScaleStep, None, None]:
     """Yield every scale of a batch of pictures as it is finished, given ones included.
 
-    Raises ValueError for a schedule that this model cannot run. Nothing outlives the generator.
+    replays: where scales are recorded, and repeated for later pictures of the same shape. A run with given
+    or kept tokens is not. Without it nothing outlives the generator.
+    Raises ValueError for a schedule that this model cannot run.
     """
     maps = request.maps
     config = transformer.config
     schedule = request.schedule.fit(maps, config.codebook_size, has_sampler=sampler is not None)
-    picture = _Picture(transformer, request, schedule.guided, device)
-    f_hat = quantizer.empty_f_hat(len(request.seeds), maps, device)
-    scales = request.stop or len(maps)
-    try:
-        for scale in range(scales):
-            given = scale < len(request.prefix)
-            # A given last scale needs no look: nothing is drawn from it or after it.
-            features = (
-                None if given and scale == scales - 1 else _look(picture, quantizer, schedule, f_hat, scale)
+    with ExitStack() as lent:
+        picture = None
+        if replays is not None and not request.prefix and request.kept is None:
+            shape = _shape(request, (transformer, sampler, quantizer), device)
+            picture = lent.enter_context(
+                replays.opened(shape, lambda: _Picture(transformer, request, schedule, device, stays=True))
             )
-            if features is None or given:
-                step = _given(request.prefix[scale], device)
-            else:
-                drawn = _draw_scale(picture, sampler, quantizer, schedule, features, scale)
-                step = _add(drawn, quantizer, f_hat, scale, maps)
-            del features
-            f_hat = step.f_hat
-            yield step
-    finally:
-        # A caller who keeps an exception keeps these frames: the cache must not stay with them.
-        picture.forget()
+        if picture is None:
+            picture = _Picture(transformer, request, schedule, device)
+            # A caller who keeps an exception keeps these frames: the cache must not stay with them.
+            lent.callback(picture.forget)
+        picture.request = request
+        yield from _scales(picture, sampler, quantizer, schedule, replays if picture.stays else None)
+
+
+def _shape(request: Request, modules: Sequence[torch.nn.Module | None], device: torch.device) -> Hashable:
+    """Return what recorded work depends on besides what is copied into its memory: all but text and seeds."""
+    spans = tuple((span.start, span.conditional.hidden.shape) for span in request.prompts)
+    weights = tuple(
+        tensor.data_ptr()
+        for module in modules
+        if module is not None
+        for tensor in (*module.parameters(), *module.buffers())
+    )
+    return device, request.maps, request.schedule, len(request.seeds), spans, weights
+
+
+def _scales(
+    picture: _Picture,
+    sampler: CausalSampler | None,
+    quantizer: MultiScaleQuantizer,
+    schedule: ScaleSchedule,
+    replays: Replays[_Picture] | None,
+) -> Generator[ScaleStep, None, None]:
+    request, device, pace = picture.request, picture.device, Pace(picture.device)
+    f_hat = quantizer.empty_f_hat(len(request.seeds), request.maps, device)
+    scales = request.stop or len(request.maps)
+    for scale in range(scales):
+        pace.before_scale()
+        picture.prepare(scale)
+
+        def work(look: Look, scale: int = scale, f_hat: Tensor = f_hat) -> ScaleStep:
+            features = _look(picture, quantizer, schedule, f_hat, scale)
+            drawn = _draw_scale(picture, sampler, quantizer, schedule, features, scale, look)
+            return _add(drawn, quantizer, f_hat, scale, request.maps)
+
+        if scale < len(request.prefix):
+            # A given last scale needs no look: nothing is drawn from it or after it.
+            if scale < scales - 1:
+                _look(picture, quantizer, schedule, f_hat, scale)
+            step = _given(request.prefix[scale], device)
+        else:
+            step = work(look_at_once) if replays is None else replays.run(scale, work)
+        f_hat = step.f_hat
+        pace.after_scale()
+        yield step if replays is None else step.copy()
 
 
 @torch.no_grad()
@@ -269,9 +335,7 @@ def _look(
     picture: _Picture, quantizer: MultiScaleQuantizer, schedule: ScaleSchedule, f_hat: Tensor, scale: int
 ) -> Tensor:
     """Run the transformer over one scale; return the last block's output (R, n, C)."""
-    picture.read_prompt(scale)
-    if picture.twins and scale >= schedule.guided_scales:
-        picture.drop_twins()
+    picture.cache.seek(picture.cached[scale])
     if scale == 0:
         x = picture.first_input()
     else:
@@ -281,16 +345,16 @@ def _look(
         features = _look_at_part(picture, x, scale, share)
     else:
         features = picture.transformer.features(
-            x, picture.scale_rotation(scale), picture.text_keys, cache=picture.cache
+            x, picture.scale_rotation(scale), picture.scale_text(scale), cache=picture.cache
         )
-    later = any(policy.prune for policy in schedule.scales[scale + 1 :])
-    picture.before = (features, picture.request.maps[scale]) if later else None
+    if any(policy.prune for policy in schedule.scales[scale + 1 :]):
+        picture.seen[scale] = features
+    picture.seen.pop(scale - 2, None)
     return features
 
 
 def _look_at_part(picture: _Picture, x: Tensor, scale: int, share: float) -> Tensor:
     """Run the transformer over the part of a scale that pruning leaves; restore the rest."""
-    assert picture.before is not None, "a schedule's first scale is never pruned"
     known = None
     if picture.request.kept is not None:
         kept = _kept_at(picture.request, scale, picture.device).known
@@ -299,10 +363,12 @@ def _look_at_part(picture: _Picture, x: Tensor, scale: int, share: float) -> Ten
     run = picture.transformer.features(
         take(x, positions),
         picture.scale_rotation(scale).select(positions),
-        picture.text_keys,
+        picture.scale_text(scale),
         cache=picture.cache,
     )
-    return restore(run, positions, *picture.before, picture.request.maps[scale])
+    # There is one before: a schedule's first scale is never pruned.
+    earlier, maps = picture.seen[scale - 1][: len(x)], picture.request.maps
+    return restore(run, positions, earlier, maps[scale - 1], maps[scale])
 
 
 @torch.no_grad()
@@ -313,10 +379,11 @@ def _draw_scale(
     schedule: ScaleSchedule,
     features: Tensor,
     scale: int,
+    look: Look = look_at_once,
 ) -> _Drawn:
     request = picture.request
     policy = schedule.scales[scale]
-    noise = ScaleNoise(request.seeds, scale, picture.device)
+    noise = picture.noise(scale)
     logits = picture.guided_logits(features, policy.strength)
     kept = _kept_at(request, scale, picture.device)
     if policy.smooth:
@@ -324,7 +391,7 @@ def _draw_scale(
     if policy.steps:
         assert sampler is not None, "fit() refuses sampler steps without a sampler"
         work = _refinement(picture, sampler, quantizer, schedule, features, logits, scale, noise)
-        tokens = _settled(work, kept, _free_at(request, scale))
+        tokens = _settled(work, kept, _free_at(request, scale), look)
     else:
         drawn = draw(
             logits,
@@ -383,12 +450,17 @@ def _refinement(
     return Refinement(logits, guided_by_known, schedule.scales[scale], schedule.strategy, noise)
 
 
-def _settled(work: Refinement, kept: PartialMap, free: Sequence[int]) -> Tensor:
-    """Return the tokens (B, n) that the causal sampler's steps settle on."""
-    filled = kept
-    for filled in refine(work, kept, free):
-        assert filled.tokens.shape == kept.tokens.shape, "refine keeps the map's shape"
-    return filled.tokens
+def _settled(work: Refinement, kept: PartialMap, free: Sequence[int], look: Look) -> Tensor:
+    """Return the tokens (B, n) that the causal sampler's steps settle on.
+
+    In one tensor all along: recorded work that ends early goes on from there.
+    """
+    tokens = kept.tokens.clone()
+    for filled in refine(work, kept, free, look):
+        tokens.copy_(filled.tokens)
+    if work.strategy == "official":
+        look(None)
+    return tokens
 
 
 def _free_at(request: Request, scale: int) -> list[int]:

@@ -178,6 +178,7 @@ def load_for(args: argparse.Namespace) -> Star:
         dtype=getattr(torch, args.dtype),
         device=pick_device(args.device),
         int8=args.int8,
+        graphs=args.graphs,
     )
 
 

@@ -7,7 +7,7 @@ in a batch, and each scale its own, so that resuming at a scale draws what the w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,43 @@ class ScaleNoise:
         """Return standard Gumbel numbers (B, *shape)."""
         rows = [-torch.empty(shape).exponential_(generator=g).log() for g in self._generators]
         return upload(torch.stack(rows), self._device)
+
+
+class KeptNoise(ScaleNoise):
+    """Random numbers that lie in the same memory for every picture, for work that is recorded.
+
+    The calls of the first run say what is needed; later ones get the same tensors again.
+    """
+
+    def __init__(self, seeds: Sequence[PictureSeed], scale: int, device: torch.device) -> None:
+        super().__init__(seeds, scale, device)
+        self._scale = scale
+        self._made: list[tuple[Callable[..., Tensor], tuple[int, ...], Tensor]] = []
+        self._next = 0
+
+    def rewind(self) -> None:
+        """Begin again with the first numbers."""
+        self._next = 0
+
+    def renew(self, seeds: Sequence[PictureSeed]) -> None:
+        """Put the numbers of other pictures where the last ones' are."""
+        fresh = ScaleNoise(seeds, self._scale, self._device)
+        for draw, shape, held in self._made:
+            held.copy_(draw(fresh, *shape))
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._kept(ScaleNoise.uniform, shape)
+
+    def gumbel(self, *shape: int) -> Tensor:
+        return self._kept(ScaleNoise.gumbel, shape)
+
+    def _kept(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        if self._next == len(self._made):
+            self._made.append((draw, shape, draw(self, *shape)))
+        made, wanted, held = self._made[self._next]
+        assert (made, wanted) == (draw, shape), "a scale asks for the same numbers each time"
+        self._next += 1
+        return held
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .causal_sampler import CausalSampler
 from .checkpoint import load_networks, load_vqvae
 from .config import StarConfig, TokenMap, maps_for_size
 from .generate import KeptTokens, PromptSpan, Request, ScaleStep, generate
+from .graphs import Replays
 from .presets import read_schedule
 from .sampling import PictureSeed
 from .schedule import ScaleSchedule
@@ -65,7 +67,11 @@ class Options:
 
 
 class Star:
-    """A loaded model. Drawing changes nothing in it; only the empty prompt's text states are remembered."""
+    """A loaded model. Drawing changes nothing in it; only the empty prompt's text states are remembered.
+
+    graphs: scales are recorded as CUDA graphs, and repeated for later pictures of the same size, schedule and
+    batch; the memory of the last such shape stays held. Raises ValueError for another device.
+    """
 
     def __init__(
         self,
@@ -75,7 +81,11 @@ class Star:
         vqvae: VQVAE,
         text_encoder: TextEncoder,
         device: torch.device,
+        *,
+        graphs: bool = False,
     ) -> None:
+        if graphs and device.type != "cuda":
+            raise ValueError(f"graphs are CUDA's, this model is on {device}: leave them out, or use a GPU")
         if text_encoder.width != config.transformer.text_width:
             raise ValueError(
                 f"{config.name} reads text states of width {config.transformer.text_width}, this text"
@@ -87,6 +97,7 @@ class Star:
         self.vqvae = vqvae
         self.text_encoder = text_encoder
         self.device = device
+        self.replays: Replays[Any] | None = Replays() if graphs else None
         self._empty: TextStates | None = None
 
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
@@ -158,7 +169,8 @@ class Star:
 
     def run(self, request: Request) -> Generator[ScaleStep, None, None]:
         """Yield one step per scale of a request."""
-        return generate(self.transformer, self.causal_sampler, self.vqvae.quantizer, request, self.device)
+        quantizer = self.vqvae.quantizer
+        return generate(self.transformer, self.causal_sampler, quantizer, request, self.device, self.replays)
 
     def draw(
         self,
@@ -256,6 +268,7 @@ def load(
     device: torch.device | str = "cpu",
     text_dtype: torch.dtype = torch.float32,
     int8: bool = False,
+    graphs: bool = False,
 ) -> Star:
     """Load a model: a folder with star.safetensors, vqvae.safetensors and text_encoder/, a single
     transformer file beside such files, or the shipped model (None).
@@ -263,6 +276,7 @@ def load(
     vqvae, text_encoder and tokenizer name files elsewhere. preset is needed only where the transformer's
     file does not say what it is. dtype is that of weights and activations, text_dtype the text encoder's. int8
     keeps the weights of transformer and causal sampler in 8 bits, a fast mode that changes the picture.
+    graphs repeats scales as CUDA graphs, which changes nothing but the time.
     Raises ValueError naming file, key and remedy.
     """
     files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)
@@ -280,6 +294,7 @@ def load(
             device=device,
         ),
         device,
+        graphs=graphs,
     )
 
 

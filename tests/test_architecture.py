@@ -40,10 +40,12 @@ ALLOWED = {
     "weights": {"config", "key_tables", "vqvae"},
     "text_encoder": {"key_tables", "weights"},
     "pictures": set(),
+    "graphs": set(),
     "generate": {
         "attention",
         "causal_sampler",
         "config",
+        "graphs",
         "pruning",
         "quantizer",
         "rope",

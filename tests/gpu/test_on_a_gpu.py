@@ -1,0 +1,159 @@
+"""What only a GPU can show: graphs captured and replayed, nothing waited for within a scale, equal pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from star_core import load
+from star_core.generate import Request, ScaleStep, generate
+from star_core.graphs import Replays
+from star_core.sampling import PictureSeed
+from star_core.star import Options
+
+KINDS = ["plain", "smooth", "confidence", "masked", "official"]
+
+
+@pytest.fixture(autouse=True)
+def _exact_products(gpu: torch.device) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """A tiny model's modules on the GPU."""
+
+    transformer: nn.Module
+    sampler: nn.Module
+    quantizer: nn.Module
+    device: torch.device
+
+    def run(self, request: Request, replays: Replays | None = None) -> list[ScaleStep]:
+        steps = generate(self.transformer, self.sampler, self.quantizer, request, self.device, replays)
+        return [step.to(torch.device("cpu")) for step in steps]
+
+
+@pytest.fixture
+def moved(gpu: torch.device) -> Callable[[object], OnGpu]:
+    def move(model: object) -> OnGpu:
+        parts = (copy.deepcopy(part).to(gpu) for part in (model.transformer, model.sampler, model.quantizer))
+        return OnGpu(*parts, gpu)
+
+    return move
+
+
+def equal_tokens(ours: list[ScaleStep], theirs: list[ScaleStep]) -> bool:
+    return all(torch.equal(a.tokens, b.tokens) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_draws_the_tokens_that_the_cpu_draws(
+    tiny: Callable, ask: Callable, make_schedule: Callable, moved: Callable, kind: str
+):
+    for cross_attention in ("paired", "independent"):
+        model = tiny(cross_attention)
+        request = ask([1, 2], make_schedule(kind), seeds=[PictureSeed(1), PictureSeed(1, 1)])
+        assert equal_tokens(moved(model).run(request), model.run(request))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_draw_what_the_loop_draws(
+    tiny: Callable, ask: Callable, make_schedule: Callable, moved: Callable, kind: str
+):
+    for cross_attention in ("paired", "independent"):
+        on_gpu, replays = moved(tiny(cross_attention)), Replays()
+        for turn in range(3):
+            seeds = [PictureSeed(turn), PictureSeed(turn, 1)]
+            request = ask([turn, turn + 1], make_schedule(kind), seeds=seeds)
+            recorded, plain = on_gpu.run(request, replays), on_gpu.run(request)
+            assert equal_tokens(recorded, plain)
+            for a, b in zip(recorded, plain, strict=True):
+                torch.testing.assert_close(a.f_hat, b.f_hat, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_of_the_shipped_model_are_the_cpus(gpu: torch.device):
+    on_cpu, on_gpu = load(), load(device=gpu)
+    request = on_cpu.request(["a red apple", "cat"], options=Options(seed=1))
+    steps = list(on_cpu.run(request))
+    inputs = on_cpu.vqvae.quantizer.teacher_inputs([s.tokens for s in steps], on_cpu.config.maps)
+
+    def logits(star: object) -> Tensor:
+        text = request.prompts[0].conditional
+        keys = star.transformer.text_keys(text.hidden.to(star.device), text.mask.to(star.device))
+        pooled = text.pooled.to(star.device)
+        features = star.transformer(inputs.to(star.device), pooled, keys, star.config.maps)
+        return star.transformer.logits(features).cpu()
+
+    with torch.no_grad():
+        torch.testing.assert_close(logits(on_gpu), logits(on_cpu), atol=1e-3, rtol=1e-4)
+
+
+def test_the_shipped_model_draws_with_graphs_what_it_draws_without(gpu: torch.device):
+    plain, repeated = load(device=gpu), load(device=gpu, graphs=True)
+    for schedule in ("official-512", "official-1024", "fast"):
+        for seed in (1, 2):
+            options = Options(seed=seed, schedule=schedule)
+            ours = repeated.draw(["a red apple"], options=options).cpu()
+            torch.testing.assert_close(
+                ours, plain.draw(["a red apple"], options=options).cpu(), atol=1e-3, rtol=0
+            )
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raise where the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", ["plain", "smooth", "confidence", "masked"])
+def test_nothing_waits_within_a_scale(
+    paired: object, ask: Callable, make_schedule: Callable, moved: Callable, kind: str
+):
+    on_gpu, request = moved(paired), ask([1, 2], make_schedule(kind))
+    on_gpu.run(request)  # libraries and caches are set up at the first use, which may wait
+    steps = generate(on_gpu.transformer, on_gpu.sampler, on_gpu.quantizer, request, on_gpu.device)
+    next(steps)  # the first scale reads the prompt, whose length the host wants to know
+    with no_waiting():
+        for _ in steps:
+            pass
+
+
+def test_a_run_leaves_no_memory_on_the_gpu(
+    paired: object, ask: Callable, make_schedule: Callable, moved: Callable
+):
+    on_gpu = moved(paired)
+    on_gpu.run(ask([1], make_schedule("plain")))
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    steps = generate(
+        on_gpu.transformer, on_gpu.sampler, on_gpu.quantizer, ask([1], make_schedule("plain")), on_gpu.device
+    )
+    next(steps)
+    steps.close()
+    assert torch.cuda.memory_allocated() == before
+    replays = Replays()
+    on_gpu.run(ask([1], make_schedule("plain")), replays)
+    assert torch.cuda.memory_allocated() > before
+    replays.forget()
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_int8_runs_on_a_gpu(gpu: torch.device):
+    star = load(device=gpu, int8=True)
+    picture = star.draw(["a red apple"], options=Options(seed=1))
+    assert picture.std() > 0.05
