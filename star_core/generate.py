@@ -242,7 +242,9 @@ def _without_padding(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | Non
     kernels that take no mask.
     """
     longest = int(mask.any(dim=0).nonzero().max()) + 1
-    hidden, mask = hidden[:, :longest], mask[:, :longest]
+    # In one piece, strides included: of rows with gaps the CPU's products copy the weights, once per block.
+    hidden = hidden[:, :longest].clone(memory_format=torch.contiguous_format)
+    mask = mask[:, :longest]
     return hidden, None if bool(mask.all()) else mask
 
 

@@ -23,7 +23,11 @@ LAYOUT = torch.channels_last
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the channels change."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the channels change.
+
+    Without gradients the sum is written into x where the channels stay the same: nobody reads x afterwards, and
+    a caller that still names it would keep one more picture-sized tensor.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, operations: ModuleType) -> None:
         super().__init__()
@@ -44,10 +48,10 @@ class ResidualBlock(nn.Module):
         h = F.silu(self.norm2(h), inplace=in_place)
         h = self.conv2(h)
         shortcut: Tensor = self.shortcut(x)
-        return h.add_(shortcut) if in_place else shortcut + h
+        return shortcut.add_(h) if in_place else shortcut + h
 
     def _in_strips(self, x: Tensor) -> Tensor:
-        """Map as `forward` does, in place where the channels stay the same: nobody reads x afterwards."""
+        """Map as `forward` does."""
         channels = self.norm2.num_channels
         h = norm_silu_conv(x, self.norm1, self.conv1, channels=channels)
         shortcut: Tensor = self.shortcut(x)
@@ -206,7 +210,7 @@ class Decoder(nn.Module):
             x = level(x)
         if worth_slicing(x):
             return norm_silu_conv(x, self.norm_out, self.conv_out, channels=3)
-        pictures: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        pictures: Tensor = self.conv_out(F.silu(self.norm_out(x), inplace=not torch.is_grad_enabled()))
         return pictures
 
 
