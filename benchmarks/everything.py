@@ -3,7 +3,8 @@
     STAR_REFERENCE=path/to/STAR-T2I python benchmarks/everything.py [--minutes 10] [--out results.json]
 
 For a machine that is at hand for minutes alone: what matters most runs first, what no longer fits is left out
-by name, and every result is written as soon as it is there. Sizes and settings are each benchmark's own
+by name, what a benchmark had when its time was up is kept and marked unfinished, and every result is written as
+soon as it is there. Sizes and settings are each benchmark's own
 defaults, which suit a GPU where there is one.
 """
 
@@ -32,8 +33,11 @@ def run(name: str, seconds: float) -> dict[str, Any]:
         done = subprocess.run(
             [sys.executable, str(HERE / f"{name}.py")], stdout=subprocess.PIPE, text=True, timeout=seconds
         )
-    except subprocess.TimeoutExpired:
-        return {"left_out": f"not done within {seconds:.0f} s"}
+    except subprocess.TimeoutExpired as error:
+        so_far = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        whole_lines = so_far[: so_far.rfind("\n") + 1].splitlines()
+        left_out = {"left_out": f"not done within {seconds:.0f} s"}
+        return {**json.loads(whole_lines[-1]), "unfinished": True} if whole_lines else left_out
     lines = done.stdout.splitlines()
     if not lines:
         return {"left_out": f"ended with exit code {done.returncode} and no result"}

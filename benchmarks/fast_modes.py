@@ -25,9 +25,9 @@ from workbench import PROMPT, SIZES, build_star, config_of, machine, middle, rep
 
 import star_core.generate
 from star_core.evaluation.sheet import load_prompts
-from star_core.generate import Request, ScaleStep
 from star_core.int8 import quantize_linears
 from star_core.presets import half_the_steps, on_last, read_schedule
+from star_core.request import Request, ScaleStep
 from star_core.schedule import ScaleSchedule
 from star_core.star import Options, Star, load
 
@@ -224,9 +224,9 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    costs = cost_of_modes(arguments.prompts, arguments.seed)
     graphs = device.type == "cuda" and not arguments.no_graphs
     times = time_modes(arguments.size, getattr(torch, arguments.dtype), device, arguments.rounds, graphs=graphs)
+    costs = cost_of_modes(arguments.prompts, arguments.seed)
     print("\n".join(lines(times, costs)), file=sys.stderr)
     report(
         {

@@ -121,7 +121,7 @@ def measure(star: Star, batch: int, runs: int, device: torch.device) -> dict[str
     repeated = {}
     if device.type == "cuda":
         star.replays = Replays()
-        seconds, held = whole_batches(star, prompts, runs, device)
+        seconds, held = whole_batches(star, prompts, runs, device, graphs=True)
         repeated = {"seconds_with_graphs": middle(seconds) / batch, "peak_gib_with_graphs": held}
         star.replays = None
     watch, scales = Stopwatch(device), []
@@ -143,9 +143,11 @@ def measure(star: Star, batch: int, runs: int, device: torch.device) -> dict[str
     }
 
 
-def whole_batches(star: Star, prompts: list[str], runs: int, device: torch.device) -> tuple[list[float], float]:
+def whole_batches(
+    star: Star, prompts: list[str], runs: int, device: torch.device, *, graphs: bool = False
+) -> tuple[list[float], float]:
     """Return the seconds of each warm batch, text and decoding included, and the peak in GiB."""
-    peak, seconds = Peak(device), []
+    peak, seconds = Peak(device, graphs=graphs), []
     star.draw(prompts, options=Options(seed=0))
     peak.reset()
     for seed in range(1, runs + 1):
@@ -218,7 +220,16 @@ def main() -> int:
         parser.error("the causal sampler was released at depth 30: add --depths 30")
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     flops, bandwidth = rates(dtype, device)
-    results = []
+    results: list[dict[str, Any]] = []
+    whole = {
+        "benchmark": "scaling",
+        "machine": machine(device),
+        "dtype": arguments.dtype,
+        "seeds": f"1..{arguments.runs}",
+        "gflops": round(flops / 1e9),
+        "gb_per_second": round(bandwidth / 1e9, 1),
+        "results": results,
+    }
     for depth in arguments.depths:
         for pixels in arguments.pixels:
             config = config_for(depth, pixels, sampler=arguments.sampler)
@@ -236,18 +247,8 @@ def main() -> int:
                     }
                 )
                 print("\n".join(lines(results[-1])), file=sys.stderr, flush=True)
+                report(whole)
             del star
-    report(
-        {
-            "benchmark": "scaling",
-            "machine": machine(device),
-            "dtype": arguments.dtype,
-            "seeds": f"1..{arguments.runs}",
-            "gflops": round(flops / 1e9),
-            "gb_per_second": round(bandwidth / 1e9, 1),
-            "results": results,
-        }
-    )
     return 0
 
 

@@ -178,14 +178,17 @@ def _processor() -> str:
 
 
 class Peak:
-    """The most memory held since `reset`: of the process, or on the GPU by its tensors."""
+    """The most memory held since `reset`: of the process, or on the GPU by its tensors.
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    graphs: on the GPU by torch's allocator as a whole, since replayed graphs' scratch memory is no tensor's.
+    """
+
+    def __init__(self, device: torch.device, *, graphs: bool = False) -> None:
+        self._device, self._cuda, self._graphs = device, device.type == "cuda", graphs
 
     def reset(self) -> None:
         if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self._device)
         else:
             # Linux forgets the process's high-water mark; elsewhere it is that of its whole life.
             with contextlib.suppress(OSError):
@@ -193,7 +196,9 @@ class Peak:
 
     def read(self) -> int:
         if self._cuda:
-            return torch.cuda.max_memory_allocated()
+            if self._graphs:
+                return torch.cuda.max_memory_reserved(self._device)
+            return torch.cuda.max_memory_allocated(self._device)
         with contextlib.suppress(OSError):
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM"):
@@ -219,5 +224,5 @@ def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def report(result: dict[str, Any]) -> None:
-    """Print the one JSON line that a benchmark ends in."""
-    print(json.dumps(result, ensure_ascii=False))
+    """Print one JSON line: a benchmark ends in it, and a long one prints what it has so far before."""
+    print(json.dumps(result, ensure_ascii=False), flush=True)

@@ -126,6 +126,8 @@ def test_a_benchmark_that_cannot_run_is_left_out_by_name(monkeypatch: pytest.Mon
     monkeypatch.setattr(everything, "HERE", tmp_path)
     (tmp_path / "load.py").write_text("print('noise'); print('{\"a\": 1}'); raise SystemExit(1)")
     assert everything.run("load", 60) == {"a": 1, "exit_code": 1}
+    (tmp_path / "load.py").write_text("print('{\"a\": 2}', flush=True); import time; time.sleep(60)")
+    assert everything.run("load", 5) == {"a": 2, "unfinished": True}
     (tmp_path / "scaling.py").write_text("raise SystemExit(3)")
     assert "exit code 3" in everything.run("scaling", 60)["left_out"]
 
