@@ -53,6 +53,20 @@ def test_pictures_of_a_batch_never_touch_each_other(vqvae: VQVAE):
         torch.testing.assert_close(vqvae.decode(alone), decoded[row : row + 1], atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_written_in_place_without_gradients_is_nobodys(vqvae: VQVAE):
+    # Sums of residual blocks go into their inputs then: the caller's tensors and the results stay the same.
+    picture = pictures(2)
+    with torch.enable_grad():
+        features = vqvae.encode(picture)
+        decoded = vqvae.decode(features)
+    shown, coded = picture.clone(), features.clone()
+    with torch.no_grad():
+        assert torch.equal(vqvae.encode(picture), features)
+        assert torch.equal(vqvae.decode(features), decoded)
+    assert torch.equal(picture, shown)
+    assert torch.equal(features, coded)
+
+
 def test_height_and_width_are_not_mixed_up(vqvae: VQVAE):
     picture = pictures(1, 16, 24)
     changed = picture.clone()
