@@ -11,7 +11,7 @@ from . import host, sockets
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..star_core.generate import Request, ScaleStep
+    from ..star_core.request import Request, ScaleStep
 
 PREVIEWS = ["auto", "every scale", "off"]
 

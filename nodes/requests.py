@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..star_core.config import StarConfig, TokenMap
-    from ..star_core.generate import KeptTokens, PromptSpan, Request, ScaleStep
+    from ..star_core.request import KeptTokens, PromptSpan, Request, ScaleStep
     from ..star_core.schedule_parts import SamplerPart
 
 
@@ -39,7 +39,7 @@ def request_for(
     start: tuple[sockets.TokensRecord | None, int, Tensor | None],
 ) -> Request:
     """Return the request of a batch of pictures. start: tokens, how many of their scales, mask."""
-    from ..star_core.generate import Request
+    from ..star_core.request import Request
     from ..star_core.sampling import PictureSeed
 
     if batch < 1:

@@ -19,7 +19,7 @@ MAX_SIDE = 8192
 
 
 class StarSample(io.ComfyNode):
-    """Form of `star_core.generate.Request`."""
+    """Form of `star_core.request.Request`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -13,8 +13,8 @@ from comfy_api.v0_0_2 import io
 
 if TYPE_CHECKING:
     from ..star_core.config import StarConfig, TokenMap, VQVAEConfig
-    from ..star_core.generate import Request, ScaleStep
     from ..star_core.prompts import Timeline
+    from ..star_core.request import Request, ScaleStep
     from ..star_core.text_encoder import TextStates
 
 CATEGORY = "STAR"

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import StarConfig as StarConfig
-    from .generate import KeptTokens as KeptTokens
-    from .generate import Request as Request
-    from .generate import ScaleStep as ScaleStep
     from .presets import SCHEDULES as SCHEDULES
     from .presets import read_schedule as read_schedule
+    from .request import KeptTokens as KeptTokens
+    from .request import Request as Request
+    from .request import ScaleStep as ScaleStep
     from .schedule import ScalePolicy as ScalePolicy
     from .schedule import ScaleSchedule as ScaleSchedule
     from .star import Options as Options
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from .text_encoder import TextStates as TextStates
 
 _HOMES = {
-    "KeptTokens": "generate",
+    "KeptTokens": "request",
     "Options": "star",
-    "Request": "generate",
+    "Request": "request",
     "SCHEDULES": "presets",
     "ScalePolicy": "schedule",
     "ScaleSchedule": "schedule",
-    "ScaleStep": "generate",
+    "ScaleStep": "request",
     "Star": "star",
     "StarConfig": "config",
     "TextStates": "text_encoder",

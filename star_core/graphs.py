@@ -58,18 +58,28 @@ def never(flag: Tensor | None) -> bool:
     return False
 
 
+class Recorder(Protocol):
+    """Makes recordings, for one canvas after another."""
+
+    def start(self) -> None:
+        """Begin with the recordings of another canvas; those of the last one are gone."""
+
+    def ready(self) -> contextlib.AbstractContextManager[None]:
+        """Be, in a with-block, where recordings are made and where work runs before them."""
+
+    def new(self) -> Recording:
+        """Return a recording that has not begun."""
+
+
 class CudaGraph:
     """A CUDA graph. Nothing runs while it is captured; graphs of one pool share their scratch memory."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        self._capture = torch.cuda.graph(self._graph, pool=pool)
-
-    @classmethod
-    def maker(cls) -> Callable[[], CudaGraph]:
-        """Return what makes graphs of one pool."""
-        pool = torch.cuda.graph_pool_handle()
-        return lambda: cls(pool)
+        # thread_local: what other threads ask of the GPU meanwhile, a server's or a preview's, is their affair.
+        self._capture = torch.cuda.graph(
+            self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        )
 
     def __enter__(self) -> CudaGraph:
         self._capture.__enter__()
@@ -88,11 +98,44 @@ class CudaGraph:
         self._graph.replay()
 
 
+class CudaRecorder:
+    """Makes CUDA graphs that share a memory pool, on one stream of their own.
+
+    A stream of their own: cuBLAS keeps a workspace per stream, which graphs know by address, and torch frees
+    that of a graph's stream with the graph. The work that runs before a recording uses the same one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def start(self) -> None:
+        """Take a new memory pool: one whose graphs are gone is not taken up again."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Make the recordings' device and stream the current ones; outside, wait for what was begun here."""
+        with torch.cuda.device(self._device):
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            # Left whatever happens: a capture that breaks off does not leave its own stream.
+            with torch.cuda.stream(self._stream):
+                yield
+            here.wait_stream(self._stream)
+
+    def new(self) -> CudaGraph:
+        """Return a graph that is not captured yet."""
+        return CudaGraph(self._pool, self._stream)
+
+
 class Tape(TorchDispatchMode):
     """Operations with the tensors they read and wrote: what a CUDA graph is, on any device.
 
-    Raises RuntimeError where a CUDA graph could not have been captured: the host reads a value, or random
-    numbers are drawn that would be new each time.
+    Raises RuntimeError where the host reads a value, or where random numbers are drawn that would be new each
+    time: no CUDA graph could hold that. Not seen: copies from the host's memory, and work that reads what
+    another piece has overwritten, since every tensor here keeps its own memory.
     """
 
     def __init__(self) -> None:
@@ -121,27 +164,54 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
+_INDEXED = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
+
+
+class Tapes:
+    """Makes tapes, of any device's work."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def start(self) -> None:
+        """Nothing: tapes share nothing."""
+
+    def ready(self) -> contextlib.AbstractContextManager[None]:
+        """Be where one is: tapes are made anywhere."""
+        return contextlib.nullcontext()
+
+    def new(self) -> Tape:
+        """Return an empty tape."""
+        return Tape()
+
+
 def _asks_the_device(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an operation's result, or the shape of it, is known to the host only once the device is done."""
-    if func is torch.ops.aten.index.Tensor:
+    if func in _INDEXED:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
 class Program(Generic[Result]):
-    """One scale's work, in pieces between which the host may look at a flag."""
+    """One scale's work, in pieces between which the host may look at a flag. It is run once before."""
 
-    def __init__(self, new: Callable[[], Recording], work: Callable[[Look], Result]) -> None:
-        self._new = new
+    def __init__(self, recorder: Recorder, work: Callable[[Look], Result]) -> None:
+        self._recorder = recorder
         self._work = work  # holds the memory that was handed in, which a CUDA graph knows by address alone
         self._pieces: list[Recording] = []
         self._flags: list[Tensor | None] = []
-        with contextlib.ExitStack() as self._open:
-            self._begin()
-            self.result = work(self._cut)
+        with recorder.ready():
+            work(never)  # libraries have then what they make on first use
+            with contextlib.ExitStack() as self._open:
+                self._begin()
+                self.result = work(self._cut)
 
     def _begin(self) -> None:
-        piece = self._new()
+        piece = self._recorder.new()
         self._open.enter_context(piece)
         self._pieces.append(piece)
 
@@ -165,15 +235,17 @@ class Program(Generic[Result]):
 class Replays(Generic[Kept]):
     """The memory and the programs of the last shape of work; one run at a time uses them."""
 
-    def __init__(self, new_maker: Callable[[], Callable[[], Recording]] = CudaGraph.maker) -> None:
-        self._new_maker = new_maker
+    def __init__(self, make_recorder: Callable[[torch.device], Recorder] = CudaRecorder) -> None:
+        self._make_recorder = make_recorder
+        self._recorder: Recorder | None = None
+        self._device: torch.device | None = None
         self._shape: Hashable = None
         self._kept: Kept | None = None
         self._programs: dict[int, Program[Any]] = {}
         self._busy = False
 
     @contextlib.contextmanager
-    def opened(self, shape: Hashable, make: Callable[[], Kept]) -> Iterator[Kept | None]:
+    def opened(self, shape: Hashable, device: torch.device, make: Callable[[], Kept]) -> Iterator[Kept | None]:
         """Lend what is kept for a shape of work, made anew where the last one was another.
 
         None while another run has it. After an error nothing is kept; a run that is given up leaves all.
@@ -185,7 +257,9 @@ class Replays(Generic[Kept]):
         try:
             if self._kept is None or shape != self._shape:
                 self.forget()
-                self._new = self._new_maker()
+                if self._recorder is None or self._device != device:
+                    self._recorder, self._device = self._make_recorder(device), device
+                self._recorder.start()
                 self._kept, self._shape = make(), shape
             yield self._kept
         except GeneratorExit:
@@ -206,22 +280,10 @@ class Replays(Generic[Kept]):
     def run(self, scale: int, work: Callable[[Look], Result]) -> Result:
         """Do a scale's work, from its recording where there is one. The next run overwrites the result."""
         if scale not in self._programs:
-            _warm_up(work)
-            self._programs[scale] = Program(self._new, work)
+            assert self._recorder is not None, "a run opens the memory first"
+            self._programs[scale] = Program(self._recorder, work)
         result: Result = self._programs[scale].replay()
         return result
-
-
-def _warm_up(work: Callable[[Look], object]) -> None:
-    """Run work once, so that libraries have what they make on first use before anything is captured."""
-    if not torch.cuda.is_available():
-        work(never)
-        return
-    side, here = torch.cuda.Stream(), torch.cuda.current_stream()
-    side.wait_stream(here)
-    with torch.cuda.stream(side):
-        work(never)
-    here.wait_stream(side)
 
 
 class Pace:
@@ -230,6 +292,7 @@ class Pace:
     AHEAD = 1
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._events: list[torch.cuda.Event] | None = [] if device.type == "cuda" else None
 
     def before_scale(self) -> None:
@@ -241,5 +304,5 @@ class Pace:
         """Remember that a scale was started."""
         if self._events is not None:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._events.append(event)

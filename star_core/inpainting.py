@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .config import TokenMap
-from .generate import KeptTokens, ScaleStep
+from .request import KeptTokens, ScaleStep
 
 REDRAWN_SHARE = 0.5
 """Share of a token's cell from which on it is drawn anew.

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from .causal_sampler import CausalSampler, sampler_logits, unmask_counts
 from .config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
-from .generate import PromptSpan, Request, ScaleStep, generate
+from .generate import generate
 from .key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
+from .request import PromptSpan, Request, ScaleStep
 from .rope import Rotation
 from .sampling import PictureSeed, keep_top_k, keep_top_p
 from .schedule import ScalePolicy, ScaleSchedule, ramp

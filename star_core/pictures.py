@@ -22,8 +22,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Recipe:
     """What one picture was drawn from; the same recipe on the same checkpoint draws it again.
 
-    `size` is (height, width) in pixels; `schedule` the text form; `model` the checkpoint's own name; `dtype`
-    and `int8` how it was loaded.
+    `size` is (height, width) in pixels; `schedule` the text form; `model` the checkpoint's own name; `dtype`,
+    `int8` and `graphs` how it was loaded.
     """
 
     prompt: str
@@ -35,6 +35,7 @@ class Recipe:
     model: str
     dtype: str = "float32"
     int8: bool = False
+    graphs: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -46,8 +47,8 @@ class Recipe:
             record = json.loads(text)
             height, width = record.pop("size")
             recipe = Recipe(size=(int(height), int(width)), **record)
-            if recipe.dtype not in DTYPES or not isinstance(recipe.int8, bool):
-                raise ValueError(f"dtype {recipe.dtype!r}, int8 {recipe.int8!r}")
+            if recipe.dtype not in DTYPES or not all(isinstance(b, bool) for b in (recipe.int8, recipe.graphs)):
+                raise ValueError(f"dtype {recipe.dtype!r}, int8 {recipe.int8!r}, graphs {recipe.graphs!r}")
             return recipe
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a recipe of a picture ({error!s:.120}): {text:.120}") from error

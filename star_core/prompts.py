@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .generate import PromptSpan
+from .request import PromptSpan
 from .text_encoder import TextStates
 
 Timeline = tuple[tuple[int, TextStates], ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .generate import KeptTokens, PromptSpan, Request, ScaleStep
+from .request import KeptTokens, PromptSpan, Request, ScaleStep
 from .schedule import ScaleSchedule
 
 

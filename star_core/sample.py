@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .pictures import Recipe, read_recipe, save_png, strip, to_images
 
 if TYPE_CHECKING:
-    from .generate import ScaleStep
+    from .request import ScaleStep
     from .star import Star
 
 PICTURES_PER_BATCH = 16
@@ -79,7 +79,10 @@ def _plan_from_recipe(args: argparse.Namespace) -> SamplePlan:
     if args.prompts or args.prompts_file or args.count != 1:
         raise ValueError("--recipe brings its own prompt and seed: leave prompts and --count out")
     recipe = read_recipe(args.recipe)
-    args = argparse.Namespace(**{**vars(args), "dtype": recipe.dtype, "int8": recipe.int8})
+    # Graphs are only a matter of rounding: a machine without a GPU draws the picture as near as it can.
+    graphs = recipe.graphs and pick_device(args.device).type == "cuda"
+    loaded = {"dtype": recipe.dtype, "int8": recipe.int8, "graphs": graphs}
+    args = argparse.Namespace(**{**vars(args), **loaded})
     path = _png(args.out) if args.out else Path(args.folder or ".") / f"again-{args.recipe.name}"
     return SamplePlan(
         (Job(recipe.prompt, recipe.index, path),),
@@ -219,6 +222,7 @@ def _draw_batch(star: Star, plan: SamplePlan, jobs: Sequence[Job]) -> Iterator[P
             star.config.name,
             plan.arguments.dtype,
             plan.arguments.int8,
+            plan.arguments.graphs,
         )
         save_png(image, job.path, recipe)
         yield job.path

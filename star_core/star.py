@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .canvas import Canvas
 from .causal_sampler import CausalSampler
 from .checkpoint import load_networks, load_vqvae
 from .config import StarConfig, TokenMap, maps_for_size
-from .generate import KeptTokens, PromptSpan, Request, ScaleStep, generate
+from .generate import generate
 from .graphs import Replays
 from .presets import read_schedule
+from .request import KeptTokens, PromptSpan, Request, ScaleStep
 from .sampling import PictureSeed
 from .schedule import ScaleSchedule
 from .text_encoder import TextEncoder, TextStates, load_text_encoder
@@ -97,7 +98,7 @@ class Star:
         self.vqvae = vqvae
         self.text_encoder = text_encoder
         self.device = device
-        self.replays: Replays[Any] | None = Replays() if graphs else None
+        self.replays: Replays[Canvas] | None = Replays() if graphs else None
         self._empty: TextStates | None = None
 
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
@@ -276,7 +277,8 @@ def load(
     vqvae, text_encoder and tokenizer name files elsewhere. preset is needed only where the transformer's
     file does not say what it is. dtype is that of weights and activations, text_dtype the text encoder's. int8
     keeps the weights of transformer and causal sampler in 8 bits, a fast mode that changes the picture.
-    graphs repeats scales as CUDA graphs, which changes nothing but the time.
+    graphs repeats scales as CUDA graphs, over texts of full length: other rounding, so that in half precision
+    a token may change where two are about as likely.
     Raises ValueError naming file, key and remedy.
     """
     files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from star_core.causal_sampler import CausalSampler
 from star_core.config import StarConfig, TokenMap, TransformerConfig, VQVAEConfig
-from star_core.generate import PromptSpan, Request, ScaleStep, generate
+from star_core.generate import generate
 from star_core.quantizer import MultiScaleQuantizer
+from star_core.request import PromptSpan, Request, ScaleStep
 from star_core.sampling import PictureSeed
 from star_core.schedule import ScalePolicy, ScaleSchedule, Strategy, ramp
 from star_core.text_encoder import TextStates

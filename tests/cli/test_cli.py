@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from star_core import slices, vqvae
 from star_core.__main__ import main
 from star_core.checkpoint import Networks, save_networks
 from star_core.config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
-from star_core.pictures import read_recipe
+from star_core.pictures import read_recipe, save_png
 from star_core.vqvae import VQVAE
 from star_core.weights import save_vqvae
 
@@ -119,13 +120,23 @@ def test_low_memory_draws_the_same_picture_in_strips(sample, tmp_path, monkeypat
 
 
 def test_a_recipe_with_a_precision_that_is_none_is_refused(sample, tmp_path):
-    from star_core.pictures import Recipe, save_png
+    from star_core.pictures import Recipe
 
     path = tmp_path / "odd.png"
     save_png(Image.new("RGB", (4, 4)), path, Recipe("a", "", 1, 0, "top-k", (16, 16), "tiny", "load"))
     code, _, error = sample("--recipe", path, "--out", tmp_path / "b.png")
     assert code == 2
     assert "dtype 'load'" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is drawn with graphs again")
+def test_a_picture_drawn_with_graphs_is_drawn_again_without_a_gpu(sample, tmp_path):
+    assert sample("cat", "--seed", 2, "--out", tmp_path / "a.png")[0] == 0
+    recipe = dataclasses.replace(read_recipe(tmp_path / "a.png"), graphs=True)
+    save_png(Image.open(tmp_path / "a.png"), tmp_path / "graphs.png", recipe)
+    assert sample("--recipe", tmp_path / "graphs.png", "--out", tmp_path / "b.png")[0] == 0
+    assert pixels(tmp_path / "b.png") == pixels(tmp_path / "a.png")
+    assert not read_recipe(tmp_path / "b.png").graphs
 
 
 def test_prompts_come_from_a_file_too(sample, tmp_path):

@@ -19,7 +19,8 @@ import star_core.generate as generate_module
 from star_core.attention import LayerCache
 from star_core.causal_sampler import sampler_logits
 from star_core.config import maps_for_size, token_count
-from star_core.generate import KeptTokens, PromptSpan, ScaleStep, generate
+from star_core.generate import generate
+from star_core.request import KeptTokens, PromptSpan, ScaleStep
 from star_core.sampling import Draw, PictureSeed, draw, smooth_weights
 from star_core.schedule import ScalePolicy, ScaleSchedule
 from star_core.star import Options, Star

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import star_core.sampling
 from star_core import load
-from star_core.generate import KeptTokens, Request, ScaleStep, generate
-from star_core.graphs import Pace, Program, Replays, Tape, look_at_once
+from star_core.generate import generate
+from star_core.graphs import Pace, Program, Replays, Tape, Tapes, look_at_once
+from star_core.request import KeptTokens, Request, ScaleStep
 from star_core.sampling import KeptNoise, PictureSeed, ScaleNoise, keep_top_p
 from star_core.schedule import ScaleSchedule
 from star_core.star import Options
@@ -34,7 +35,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def replays() -> Replays:
-    return Replays(lambda: Tape)
+    return Replays(Tapes)
 
 
 def run(model: object, request: object, replays: Replays | None = None) -> list[ScaleStep]:
@@ -165,6 +166,15 @@ def test_an_error_forgets_what_was_kept_and_the_next_run_is_right(
     assert_same(run(paired, request, replays), run(paired, request))
 
 
+def test_memory_made_in_inference_mode_is_not_lent_outside_it(
+    paired: object, ask: Callable, make_schedule: Callable, replays: Replays
+):
+    request = ask([1], make_schedule("plain"))
+    with torch.inference_mode():
+        run(paired, request, replays)
+    assert_same(run(paired, request, replays), run(paired, request))
+
+
 @pytest.mark.parametrize("change", ["batch", "schedule", "weights", "spans"])
 def test_another_shape_of_work_is_recorded_anew(
     tiny: Callable,
@@ -249,8 +259,14 @@ def test_a_tape_repeats_work_over_the_recorded_memory():
 
 @pytest.mark.parametrize(
     "asking",
-    [lambda x: bool(x.any()), lambda x: x.nonzero(), lambda x: x[x > 1], lambda x: torch.rand(3)],
-    ids=["a value", "places", "a selection", "chance"],
+    [
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 1],
+        lambda x: x.__setitem__(x > 1, torch.zeros(1)),
+        lambda x: torch.rand(3),
+    ],
+    ids=["a value", "places", "a selection", "a selection's change", "chance"],
 )
 def test_a_tape_refuses_what_no_graph_can_hold(asking: Callable):
     with pytest.raises(RuntimeError, match="graph"), Tape():
@@ -270,7 +286,7 @@ def test_a_program_stops_where_a_flag_is_up_and_does_its_last_piece():
         after.copy_(total)
         return after
 
-    program = Program(Tape, work)
+    program = Program(Tapes(CPU), work)
     for value, expected in ((1, 4), (2, 6), (5, 5)):
         x.fill_(value)
         assert program.replay().item() == expected == work(look_at_once).item()
@@ -306,13 +322,15 @@ def test_the_host_is_one_scale_ahead_of_a_gpu_at_most(monkeypatch: pytest.Monkey
             self.number = Event.made
             Event.made += 1
 
-        def record(self) -> None: ...
+        def record(self, stream: str) -> None:
+            assert stream == "of cuda:1"
 
         def synchronize(self) -> None:
             done.append(self.number)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    pace = Pace(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
+    pace = Pace(torch.device("cuda:1"))
     for scale in range(5):
         pace.before_scale()
         # Before scale s is handed over, scale s - 2 is waited for: the device has s - 1 to do meanwhile.
@@ -337,7 +355,7 @@ def test_a_star_repeats_scales_and_refuses_to_where_there_is_no_gpu(passes: Call
     ):
         load(graphs=True)
     star, plain = load(), load()
-    star.replays = Replays(lambda: Tape)
+    star.replays = Replays(Tapes)
     counted = passes(star)
     for seed, prompt in enumerate(("a red apple", "cat")):
         counted.clear()

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from star_core.generate import KeptTokens, PromptSpan
+from star_core.request import KeptTokens, PromptSpan
 from star_core.resume import shared_scales
 from star_core.sampling import PictureSeed
 

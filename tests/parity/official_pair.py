@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from star_core import generate
+from star_core import request as requests
 from star_core.checkpoint import Networks
 from star_core.config import TokenMap, TransformerConfig, VQVAEConfig, square_maps
 from star_core.key_tables import STAR_KEYS, VQVAE_KEYS
@@ -130,11 +131,11 @@ class Pair:
         )
         return picture
 
-    def our_run(self, schedule: ScaleSchedule, seeds: Sequence[int] = (0,)) -> list[generate.ScaleStep]:
+    def our_run(self, schedule: ScaleSchedule, seeds: Sequence[int] = (0,)) -> list[requests.ScaleStep]:
         number = len(seeds)
-        span = generate.PromptSpan(self.conditional.repeat_each(number), self.unconditional.repeat_each(number))
+        span = requests.PromptSpan(self.conditional.repeat_each(number), self.unconditional.repeat_each(number))
         pictures = tuple(PictureSeed(seed) for seed in seeds)
-        request = generate.Request((span,), self.size.maps, schedule, pictures)
+        request = requests.Request((span,), self.size.maps, schedule, pictures)
         sampler = self.networks.causal_sampler
         return list(generate.generate(self.networks.transformer, sampler, self.vqvae.quantizer, request, CPU))
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from star_core import generate, quantizer, transformer
+from star_core import canvas, quantizer, transformer
 from star_core.__main__ import main
 from star_core.parity import (
     INPUTS,
@@ -241,7 +241,7 @@ def test_the_public_face_draws_the_golden_tokens(star: Star, stored: dict[str, T
 BREAKS: dict[str, tuple[object, str, object]] = {
     "the share of phi's convolution": (quantizer, "PHI_RATIO", 0.4),
     "the choice of phi": (quantizer, "phi_index", lambda scale, scales: 0),
-    "guidance": (generate, "guide", lambda conditional, unconditional, strength: conditional),
+    "guidance": (canvas, "guide", lambda conditional, unconditional, strength: conditional),
     "layer normalisation": (transformer, "NORM_EPS", 0.1),
 }
 

@@ -1,0 +1,118 @@
+"""What one batch of pictures is asked for, and what is given back scale by scale.
+
+Shapes: B pictures, maps of h * w tokens; f_hat is (B, D, H, W), the sum of all token maps so far (paper 3.1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import TokenMap
+from .sampling import PictureSeed
+from .schedule import ScaleSchedule
+from .text_encoder import TextStates
+
+
+@dataclass(frozen=True)
+class PromptSpan:
+    """The text of B pictures that holds from scale `start` on, and the text that guidance leads away from.
+
+    With paired cross-attention the unconditional text acts through its pooled state alone: in the start
+    token, where the span starts at scale 0, and in the causal sampler.
+    """
+
+    conditional: TextStates
+    unconditional: TextStates
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class ScaleStep:
+    """One finished scale: tokens (B, h * w) int64 and f_hat (B, D, H, W) float32 with this scale in it.
+
+    `given`: taken from a prefix, not drawn. `soft`: drawn smooth; tokens are the likeliest ones, for
+    display, and do not rebuild f_hat.
+    """
+
+    scale: int
+    token_map: TokenMap
+    tokens: Tensor
+    f_hat: Tensor
+    given: bool = False
+    soft: bool = False
+
+    def to(self, device: torch.device) -> ScaleStep:
+        """Return the step with its tensors on a device."""
+        return dataclasses.replace(self, tokens=self.tokens.to(device), f_hat=self.f_hat.to(device))
+
+    def copy(self) -> ScaleStep:
+        """Return the step with tensors of its own."""
+        return dataclasses.replace(self, tokens=self.tokens.clone(), f_hat=self.f_hat.clone())
+
+    def repeated(self, count: int) -> ScaleStep:
+        """Return a step of `count` pictures, all equal to the one that this step has."""
+        if len(self.tokens) != 1:
+            raise ValueError(f"one picture can be repeated, not {len(self.tokens)}")
+        tokens, f_hat = self.tokens.expand(count, -1), self.f_hat.expand(count, -1, -1, -1)
+        return dataclasses.replace(self, tokens=tokens, f_hat=f_hat)
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """Tokens to keep at every scale: tokens and masks, each (B, h * w) per scale, True where kept."""
+
+    tokens: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that one batch of pictures depends on besides the weights.
+
+    prompts: spans by rising start, the first at scale 0. prefix: finished scales to begin with (from an
+    earlier run or from an encoded picture). stop: how many scales to run, None for all.
+    """
+
+    prompts: tuple[PromptSpan, ...]
+    maps: tuple[TokenMap, ...]
+    schedule: ScaleSchedule
+    seeds: tuple[PictureSeed, ...]
+    prefix: tuple[ScaleStep, ...] = ()
+    stop: int | None = None
+    kept: KeptTokens | None = None
+
+    def __post_init__(self) -> None:
+        starts = [span.start for span in self.prompts]
+        if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+            raise ValueError(f"prompt spans start at rising scales, the first at 0, got {starts}")
+        scales = len(self.maps)
+        if starts[-1] >= scales:
+            raise ValueError(f"a prompt starts at scale {starts[-1]}, the model has {scales} scales")
+        if self.stop is not None and not 1 <= self.stop <= scales:
+            raise ValueError(f"can stop after 1 to {scales} scales, not after {self.stop}")
+        if len(self.prefix) > (self.stop or scales):
+            raise ValueError(f"{len(self.prefix)} scales are given, {self.stop or scales} are wanted")
+        for span in self.prompts:
+            for text in (span.conditional, span.unconditional):
+                if len(text.pooled) != len(self.seeds):
+                    raise ValueError(f"{len(text.pooled)} texts for {len(self.seeds)} pictures")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        batch = len(self.seeds)
+        shapes = [(batch, height * width) for height, width in self.maps]
+        for scale, step in enumerate(self.prefix):
+            if tuple(step.tokens.shape) != shapes[scale] or step.token_map != self.maps[scale]:
+                raise ValueError(
+                    f"given scale {scale + 1} has tokens {tuple(step.tokens.shape)} of a"
+                    f" {step.token_map} map, wanted {shapes[scale]} of {self.maps[scale]}"
+                )
+        if self.kept is not None:
+            for name, tensors in (("tokens", self.kept.tokens), ("masks", self.kept.masks)):
+                got = [tuple(t.shape) for t in tensors]
+                if got != shapes:
+                    raise ValueError(f"kept {name} have shapes {got}, wanted {shapes}")
