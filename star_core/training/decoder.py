@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--packages", type=Path, default=Path("build/packages"))
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 4, 6, 10, 16])
     parser.add_argument("--tokenizer-run", type=Path, required=True)
     add_perceptual_argument(parser)
     parser.add_argument(

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, steps=2400, batch=48, rate=2e-3)
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 4, 6, 10, 16])
     parser.add_argument("--tokenizer-run", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
     parser.add_argument(

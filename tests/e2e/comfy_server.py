@@ -29,7 +29,7 @@ sys.path.append(str(PACK / "tests"))
 from comfyui_place import MISSING, find_comfyui, find_python  # noqa: E402
 
 PACK_NAME = "comfyui-star"
-SIDES = (1, 2, 3, 4, 6, 8)
+SIDES = (1, 2, 4, 6, 10, 16)
 CODEBOOK = 256
 TEXT_WIDTH = 128
 START_SECONDS = 180
@@ -87,7 +87,7 @@ def write_tiny_model(folder: Path) -> None:
         ),
         vqvae=VQVAEConfig(
             base_channels=8,
-            channel_multipliers=(1, 2, 2, 2),
+            channel_multipliers=(1, 2, 2),
             residual_blocks=1,
             codebook_size=CODEBOOK,
             code_width=8,

@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from browser import ComfyPage
 
-DEFAULT = "maps 1 2 3 4 6 8\ntop_k 600\ntop_p 0.8\nguidance ramp 4\ntemperature 1"
+DEFAULT = "maps 1 2 4 6 10 16\ntop_k 600\ntop_p 0.8\nguidance ramp 4\ntemperature 1"
 LONG = "maps 1 2 3 4 5 6 8 10 13 16 20 24 28 32\ntop_k 4096\ntop_p 0.8\nguidance ramp 4"
 
 
@@ -142,7 +142,7 @@ def test_lines_of_the_other_node_are_refused(comfy: ComfyPage, schedule: int) ->
 
 
 def test_unknown_form_is_kept_when_a_bar_is_dragged(comfy: ComfyPage, schedule: int) -> None:
-    text = "maps 1 2 3 4 6 8;  top_k 600*5   300 ;\n\n  guidance ramp 2\nstretch yes"
+    text = "maps 1 2 4 6 10 16;  top_k 600*5   300 ;\n\n  guidance ramp 2\nstretch yes"
     comfy.write(schedule, "schedule", text)
     comfy.bar(schedule, "top_k", 5).dblclick()
     comfy.page.keyboard.type("100")
@@ -199,10 +199,10 @@ def test_sides_come_from_the_connected_model_and_nothing_is_stretched(comfy: Com
     assert "No Load STAR" in comfy.editor(schedule).locator(".star-note").inner_text()
     comfy.connect(load, "model", schedule, "model")
     comfy.settle(1000)
-    assert "1 2 3 4 6 8" in comfy.editor(schedule).locator(".star-note").inner_text()
+    assert "1 2 4 6 10 16" in comfy.editor(schedule).locator(".star-note").inner_text()
     fill.click()
     comfy.settle(1000)
-    assert comfy.value(schedule, "schedule") == "maps 1 2 3 4 6 8\ntop_k 600\nguidance ramp 4"
+    assert comfy.value(schedule, "schedule") == "maps 1 2 4 6 10 16\ntop_k 600\nguidance ramp 4"
     listed = "maps 1 2 3\ntop_k 600 500 400"
     comfy.write(schedule, "schedule", listed)
     fill.click()
@@ -280,7 +280,7 @@ def test_it_works_inside_a_subgraph(comfy: ComfyPage, schedule: int) -> None:
     (inner,) = comfy.nodes("StarScaleSchedule")
     comfy.editor(inner).locator(".star-fill-sides").click()
     comfy.settle(1500)
-    assert comfy.value(inner, "schedule") == "maps 1 2 3 4 6 8\ntop_k 600\ntop_p 0.8", (
+    assert comfy.value(inner, "schedule") == "maps 1 2 4 6 10 16\ntop_k 600\ntop_p 0.8", (
         "found outside the subgraph"
     )
     comfy.drag_bar(inner, "top_p", 5, 0.4)

@@ -129,7 +129,7 @@ def test_from_an_empty_canvas_to_a_picture_and_back(comfy: ComfyPage, server: Se
 
 
 def test_the_server_refuses_a_broken_text_in_the_editors_words(comfy: ComfyPage, server: Server) -> None:
-    broken = "maps 1 2 3 4 6 8\ntop_k 600 300"
+    broken = "maps 1 2 4 6 10 16\ntop_k 600 300"
     schedule = comfy.add("StarScaleSchedule", 80, 90, schedule=broken)
     load = comfy.add("StarLoad", 600, 90, checkpoint="tiny.safetensors")
     encode = comfy.add("StarCLIPEncode", 600, 420)

@@ -25,7 +25,7 @@ sys.path.append(str(ROOT / "tests"))
 
 from comfyui_place import MISSING, find_comfyui, find_python  # noqa: E402
 
-SIDES = (1, 2, 3, 4, 6, 8)
+SIDES = (1, 2, 4, 6, 10, 16)
 SCHEDULE = "guidance ramp 1; temperature 2"
 """Hot, so that two seeds never draw the same map: random weights are sure of themselves for no reason."""
 NARROW = 64
@@ -182,7 +182,7 @@ def tiny_config(*, sampler: bool, text_width: int = 128) -> StarConfig:
         ),
         vqvae=VQVAEConfig(
             base_channels=8,
-            channel_multipliers=(1, 1, 2, 2),
+            channel_multipliers=(1, 1, 2),
             residual_blocks=1,
             codebook_size=64,
             code_width=8,

@@ -97,12 +97,12 @@ def test_the_editor_is_told_a_model_s_sides_and_its_presets(comfy):
     facts = comfy.ask("answer", name="model_facts", query={"checkpoint": "tiny/star.safetensors"})
     assert facts == {
         "name": "tiny",
-        "sides": ["1", "2", "3", "4", "6", "8"],
+        "sides": ["1", "2", "4", "6", "10", "16"],
         "codebook": 64,
         "has_sampler": True,
         "schedule": "guidance ramp 1; temperature 2",
     }
-    table = comfy.ask("answer", name="preset_table", query={"maps": "1 2 3 4 6 8"})["presets"]
+    table = comfy.ask("answer", name="preset_table", query={"maps": "1 2 4 6 10 16"})["presets"]
     by_name = {preset["name"]: preset for preset in table}
     assert by_name["top-k"]["sampler"] is None
     assert by_name["demo-1024"]["sampler"]["strategy"] == "official"

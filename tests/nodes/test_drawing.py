@@ -130,13 +130,13 @@ def test_black_keeps_the_start_tokens_at_every_scale_and_white_draws_anew(comfy,
     mask[:, :, 32:] = 1
     ran = inpainted(comfy, prompt, mask)
     changed = 0
-    for side, before, after in zip((1, 2, 3, 4, 6, 8), ran.tokens(), ran.tokens("painted"), strict=True):
+    for side, before, after in zip((1, 2, 4, 6, 10, 16), ran.tokens(), ran.tokens("painted"), strict=True):
         old, new = (np.array(tokens).reshape(side, side) for tokens in (before, after))
         # Half of the middle column's cells is white where the side is odd: half is drawn anew.
         assert (old[:, : side // 2] == new[:, : side // 2]).all()
         changed += (old[:, side // 2 :] != new[:, side // 2 :]).sum()
-    # 130 tokens, of which a half is drawn anew from 64 codes: chance keeps a few, not most.
-    assert changed > 40
+    # 413 tokens, of which a half is drawn anew from 64 codes: chance keeps a few, not most.
+    assert changed > 130
 
 
 def test_a_mask_of_another_size_is_stretched_over_the_picture(comfy, prompt):
@@ -182,11 +182,11 @@ def test_scales_to_images_shows_every_scale_of_a_picture_before_the_next(comfy, 
 
 
 def test_another_size_is_drawn_with_the_engine_s_maps(comfy, prompt, star):
-    height, width = 48, 88
+    height, width = 48, 84
     ran = comfy.run(prompt(width=width, height=height))
     expected = list(star.generate(["a red apple"], options=Options(seed=1, size=(height, width))))
     assert ran.tokens() == [step.tokens.tolist() for step in expected]
-    assert tuple(ran.seen["probe"]["maps"][-1]) == (6, 11)
+    assert tuple(ran.seen["probe"]["maps"][-1]) == (12, 21)
 
 
 def test_a_grid_lays_pictures_out_with_a_label_under_each(comfy, empty_prompt):

@@ -103,7 +103,7 @@ def test_a_choice_that_is_none_is_refused(comfy, prompt, node, field):
 
 @pytest.mark.parametrize("text", ["top_k 600\ntop_q 0.8", "top_k six", "top_k 1 2 3", "", "officious-256"])
 def test_a_typo_in_a_schedule_is_pointed_at_before_anything_runs(comfy, prompt, text):
-    whole = f"maps 1 2 3 4 6 8\n{text}" if text[:1] == "t" else text
+    whole = f"maps 1 2 4 6 10 16\n{text}" if text[:1] == "t" else text
     graph = prompt().add("schedule", "StarScaleSchedule", schedule=whole)
     ran = comfy.run(graph.change("sample", schedule=["schedule", 0]))
     assert not ran.valid
@@ -111,10 +111,10 @@ def test_a_typo_in_a_schedule_is_pointed_at_before_anything_runs(comfy, prompt, 
 
 
 def test_a_sampler_line_in_the_schedule_points_at_the_other_node(comfy, prompt):
-    graph = prompt().add("schedule", "StarScaleSchedule", schedule="maps 1 2 3 4 6 8\nsteps 3")
+    graph = prompt().add("schedule", "StarScaleSchedule", schedule="maps 1 2 4 6 10 16\nsteps 3")
     ran = comfy.run(graph.change("sample", schedule=["schedule", 0]))
     assert not ran.valid
-    refused(ran, "Causal Sampler", "character 18")
+    refused(ran, "Causal Sampler", "character 20")
     graph = prompt().add("sampler", "StarCausalSampler", steps="steps 3\ntop_k 5")
     ran = comfy.run(graph.change("sample", sampler=["sampler", 0]))
     assert not ran.valid
@@ -124,7 +124,7 @@ def test_a_sampler_line_in_the_schedule_points_at_the_other_node(comfy, prompt):
 def test_a_schedule_for_other_scales_is_refused_by_name_unless_it_stretches(comfy, prompt):
     graph = prompt().add("schedule", "StarScaleSchedule", schedule="maps 1 2 4 8\ntop_k 5 6 7 8")
     graph = graph.change("sample", schedule=["schedule", 0])
-    refused(comfy.run(graph), "1 2 3 4 6 8", "stretch yes")
+    refused(comfy.run(graph), "1 2 4 6 10 16", "stretch yes")
     stretched = comfy.run(graph.change("schedule", schedule="maps 1 2 4 8\ntop_k 5 6 7 8\nstretch yes"))
     assert len(stretched.tokens()) == 6
 
@@ -136,7 +136,7 @@ def test_a_sampler_for_a_checkpoint_without_one_is_refused(comfy, prompt):
 
 
 def test_a_size_that_the_model_does_not_have_is_refused_with_the_list(comfy, prompt):
-    refused(comfy.run(prompt(width=100, height=100)), "100x100", "Trained: 64x64", "88x48")
+    refused(comfy.run(prompt(width=100, height=100)), "100x100", "Trained: 64x64", "84x48")
     refused(comfy.run(prompt(width=64)), "give both")
 
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 from PIL import Image
 
-SIDES = (1, 2, 3, 4, 6, 8)
+SIDES = (1, 2, 4, 6, 10, 16)
 TEXTS = [f"scale {i + 1}/6 · {side}x{side}" for i, side in enumerate(SIDES)]
 PIXELS = 64
 

@@ -60,8 +60,8 @@ def assert_agreement(cases: list[Case]) -> list[dict[str, Any]]:
 
 
 READ = [
-    "maps 1 2 3 4 6 8\ntop_k 600\ntop_p 0.8\nguidance ramp 4\ntemperature 1",
-    "maps 1 2 3 4 6 8\nsteps 0*4 8*2\ntransformer_steps 0*4 5 0\nrandom_steps 0*4 5*2",
+    "maps 1 2 4 6 10 16\ntop_k 600\ntop_p 0.8\nguidance ramp 4\ntemperature 1",
+    "maps 1 2 4 6 10 16\nsteps 0*4 8*2\ntransformer_steps 0*4 5 0\nrandom_steps 0*4 5*2",
     "maps 1 2x3 3x4 ; top_k 600*2 300;top_p .5 ; guidance -1e1",
     "top_k 1_000 +5 0",
     "top_p 0.00001 1e-7 0.1",
@@ -150,7 +150,7 @@ def test_texts_that_are_refused() -> None:
     assert all("error" in answer for answer in answers)
 
 
-@pytest.mark.parametrize("sides", [(1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 24, 28, 32)])
+@pytest.mark.parametrize("sides", [(1, 2, 4, 6, 10, 16), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 24, 28, 32)])
 def test_every_preset_is_read_and_written_back(sides: tuple[int, ...]) -> None:
     texts = [named_schedule(name, [(side, side) for side in sides]).to_text() for name in SCHEDULES]
     answers = assert_agreement([(text, None) for text in texts])
