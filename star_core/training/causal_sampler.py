@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..causal_sampler import CausalSampler
 from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
@@ -29,10 +28,11 @@ from ..transformer import Transformer
 from .emoji import EmojiSet
 from .lessons import Lesson, Lessons, run_folder_file
 from .run import Average, Checkpoint, add_run_arguments, precision, rate_at, set_rate, shuffled_batches
-from .transformer import optimizers
+from .transformer import attention_kernel, optimizers
 
 log = logging.getLogger(__name__)
 
+IGNORED = -100
 EMPTY_SHARE = 0.15
 """How often a lesson's map is empty, as inference begins: the arccos share alone is rarely below 0.1."""
 
@@ -86,7 +86,8 @@ class SamplerLessons:
         for scale in range(self.first, len(self.lengths)):
             known = known_mask(len(tokens[scale]), self.lengths[scale], rng).to(features[0].device)
             logits = self.logits(sampler, tokens[scale], known, features[scale], lesson, scale)
-            total = total + F.cross_entropy(logits[~known], tokens[scale][~known].long())
+            wanted = tokens[scale].masked_fill(known, IGNORED)
+            total = total + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
         return total / (len(self.lengths) - self.first)
 
     def logits(
@@ -133,17 +134,31 @@ def run(args: argparse.Namespace) -> None:
         for optimizer, stored in zip(made, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
         average.state, average.steps = state["average"], checkpoint.step
-    train = data.indices("train")
-    for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
-        step = checkpoint.step
-        if step >= args.steps:
+
+    def save() -> None:
+        checkpoint.save(
+            {
+                "model": sampler.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in made],
+                "average": average.state,
+            }
+        )
+        averaged = export(average, config, networks.transformer, args.run).to(device)
+        log.info("step %d held-out loss %.3f", checkpoint.step, held_out_loss(teaching, averaged))
+
+    train = torch.from_numpy(data.indices("train"))
+    shuffled = shuffled_batches(len(train), args.batch, args.seed, checkpoint.step)
+    batches = (train[batch] for batch in shuffled)
+    for plan in lessons.planner.plans(batches, checkpoint.step, args.workers):
+        step, done = checkpoint.step, checkpoint.done(args)
+        if done >= 1:
             break
-        rng = np.random.default_rng([args.seed, step])
-        lesson = lessons.lesson([int(i) for i in train[batch.numpy()]], rng)
-        with precision(args), sdpa_kernel(SDPBackend.MATH):
+        lesson = lessons.lesson(plan)
+        rng = np.random.default_rng([args.seed, step, 1])
+        with precision(args), attention_kernel(device):
             loss = teaching.loss(sampler, lesson, rng)
         for optimizer in made:
-            set_rate(optimizer, rate_at(step, args.steps, args.rate))
+            set_rate(optimizer, rate_at(step, done, args.rate))
             optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(sampler.parameters(), 2.0)
@@ -151,25 +166,18 @@ def run(args: argparse.Namespace) -> None:
             optimizer.step()
         average.update(sampler)
         checkpoint.step += 1
-        if step % 20 == 0:
+        if step % args.log_every == 0:
             log.info("step %d %.0f s loss %.3f", step, checkpoint.total_seconds(), loss.item())
-        if checkpoint.step % args.save_every == 0 or checkpoint.step == args.steps:
-            checkpoint.save(
-                {
-                    "model": sampler.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in made],
-                    "average": average.state,
-                }
-            )
-            averaged = export(average, config, networks.transformer, args.run).to(device)
-            log.info("step %d held-out loss %.3f", checkpoint.step, held_out_loss(teaching, averaged))
+        if checkpoint.step % args.save_every == 0:
+            save()
+    if checkpoint.step > checkpoint.saved:
+        save()
 
 
 @torch.no_grad()
 def held_out_loss(teaching: SamplerLessons, sampler: CausalSampler, count: int = 128) -> float:
     """Return the loss on held-out pictures with their plain captions, under fixed masks."""
-    indices = [int(i) for i in teaching.lessons.data.indices("pairs")[:count]]
-    lesson = teaching.lessons.lesson(indices, None)
+    lesson = teaching.lessons.held_out(count)
     return teaching.loss(sampler, lesson, np.random.default_rng(0)).item()
 
 

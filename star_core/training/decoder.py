@@ -11,13 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load_vqvae
-from ..config import square_maps
+from ..config import VQVAEConfig, square_maps
 from ..evaluation.lpips import load_lpips
 from ..vqvae import VQVAE
 from .discriminator import PatchDiscriminator, balance, convincing_loss, judging_loss
@@ -27,8 +25,8 @@ from .packages import asset_path
 from .run import (
     Average,
     Checkpoint,
+    PictureStore,
     add_run_arguments,
-    pictures_to_tensor,
     precision,
     rate_at,
     set_rate,
@@ -76,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
     data = EmojiSet.load(args.data, args.size)
     maps = square_maps(args.sides)
     lengths = [h * w for h, w in maps]
-    tokens = encode_all(data, vqvae, maps, device)
+    pictures_of = PictureStore(data.pictures, device)
+    tokens = encode_all(pictures_of, vqvae, maps)
     trained = [*vqvae.decoder.parameters(), *vqvae.post_quant_conv.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -94,17 +93,32 @@ def run(args: argparse.Namespace) -> None:
         average.state, average.steps = state["average"], checkpoint.step
         judge.load_state_dict(state["judge"])
         judge_optimizer.load_state_dict(state["judge_optimizer"])
-    train, held_out = data.indices("train"), data.indices("pairs")[:128]
+    train, held_out = data.indices("train"), torch.from_numpy(data.indices("pairs")[:128])
+
+    def save() -> None:
+        checkpoint.save(
+            {
+                "model": vqvae.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average.state,
+                "judge": judge.state_dict(),
+                "judge_optimizer": judge_optimizer.state_dict(),
+            }
+        )
+        export(average, vqvae.config, args.run)
+        found = held_out_psnr(average, vqvae.config, tokens[held_out], pictures_of.take(held_out), args.sides)
+        log.info("step %d held-out PSNR %.2f dB", checkpoint.step, found)
+
     for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
-        step = checkpoint.step
-        if step >= args.steps:
+        step, done = checkpoint.step, checkpoint.done(args)
+        if done >= 1:
             break
-        set_rate(optimizer, rate_at(step, args.steps, args.rate))
-        chosen = train[batch.numpy()]
-        real = pictures_to_tensor(data.pictures[chosen], device)
-        made = drawn(vqvae, tokens[torch.from_numpy(chosen)].to(device), lengths, args.sides, precision(args))
+        set_rate(optimizer, rate_at(step, done, args.rate))
+        chosen = torch.from_numpy(train[batch.numpy()]).to(device)
+        real = pictures_of.take(chosen)
+        made = drawn(vqvae, tokens[chosen], lengths, args.sides, precision(args))
         pixel = (made - real).abs().mean()
-        few = max(1, len(real) // 3)
+        few = max(1, int(len(real) * args.perceptual_share))
         with precision(args):
             distance = perceptual(made[:few].clamp(-1, 1), real[:few]).float().mean()
         loss = pixel + args.perceptual * distance
@@ -120,29 +134,17 @@ def run(args: argparse.Namespace) -> None:
         judged = (
             judge_step(judge, judge_optimizer, real, made.detach(), precision(args))
             if args.adversarial
-            else 0.0
+            else torch.zeros(())
         )
         checkpoint.step += 1
-        if step % 20 == 0:
+        if step % args.log_every == 0:
             seconds = checkpoint.total_seconds()
-            shown = (pixel.item(), distance.item(), judged)
+            shown = (pixel.item(), distance.item(), judged.item())
             log.info("step %d %.0f s l1 %.4f lpips %.4f judge %.3f", step, seconds, *shown)
-        if checkpoint.step % args.save_every == 0 or checkpoint.step == args.steps:
-            checkpoint.save(
-                {
-                    "model": vqvae.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average.state,
-                    "judge": judge.state_dict(),
-                    "judge_optimizer": judge_optimizer.state_dict(),
-                }
-            )
-            export(average, vqvae.config, args.run)
-            log.info(
-                "step %d held-out PSNR %.2f dB",
-                checkpoint.step,
-                held_out_psnr(average, vqvae, tokens, data, held_out, args.sides),
-            )
+        if checkpoint.step % args.save_every == 0:
+            save()
+    if checkpoint.step > checkpoint.saved:
+        save()
 
 
 def judge_step(
@@ -151,29 +153,23 @@ def judge_step(
     real: Tensor,
     made: Tensor,
     autocast: AbstractContextManager[Any],
-) -> float:
+) -> Tensor:
     """Teach the discriminator one batch of real and drawn pictures (B, 3, H, W); return its loss."""
     with autocast:
         loss = judging_loss(judge(real), judge(made))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.item()
+    return loss.detach()
 
 
 @torch.no_grad()
 def held_out_psnr(
-    average: Average,
-    vqvae: VQVAE,
-    tokens: Tensor,
-    data: EmojiSet,
-    held_out: npt.NDArray[np.int64],
-    sides: list[int],
+    average: Average, config: VQVAEConfig, tokens: Tensor, real: Tensor, sides: list[int]
 ) -> float:
-    """Return the averaged decoder's PSNR in dB on held-out pictures."""
-    averaged = VQVAE(vqvae.config)
+    """Return the averaged decoder's PSNR in dB on pictures (B, 3, H, W) with these tokens (B, L)."""
+    averaged = VQVAE(config).to(real.device)
     averaged.load_state_dict(average.state)
-    real = pictures_to_tensor(data.pictures[held_out], torch.device("cpu"))
     lengths = [side * side for side in sides]
-    made = drawn(averaged, tokens[torch.from_numpy(held_out)], lengths, sides, nullcontext())
+    made = drawn(averaged, tokens, lengths, sides, nullcontext())
     return psnr(made.clamp(-1, 1), real)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import TokenMap
 from ..quantizer import MultiScaleQuantizer
@@ -17,12 +19,22 @@ from ..text_encoder import TextEncoder, TextStates
 from ..vqvae import VQVAE
 from .captions import plain_caption, random_caption
 from .emoji import EmojiSet, Record
-from .run import pictures_to_tensor
+from .run import PictureStore
 
 ENCODE_BATCH = 128
 PROMPT_DROPOUT = 0.1
 LONGEST_SHIFT = 4
 """Pixels: half a latent cell of the shipped VQ-VAE."""
+
+
+class Plan(NamedTuple):
+    """What a batch is about, made on the CPU: which pictures (B,), in which rendering (B,), and the captions'
+    token ids (B, T) with their mask, cut to the longest."""
+
+    pictures: Tensor
+    variants: Tensor
+    ids: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,52 @@ class Lesson:
     tokens: Tensor
     inputs: Tensor
     text: TextStates
+
+
+class Planner(Dataset[Plan]):
+    """Draws captions and renderings. It holds no tensors, so that processes beside the training can run it."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenize: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
+        variants: int,
+        seed: int,
+    ) -> None:
+        self._records = records
+        self._tokenize = tokenize
+        self._variants = variants
+        self._seed = seed
+
+    def __getitem__(self, item: tuple[int, Tensor]) -> Plan:
+        """Return the plan of a step with these pictures (B,)."""
+        step, pictures = item
+        return self.plan(pictures, np.random.default_rng([self._seed, step]))
+
+    def plan(self, pictures: Tensor, rng: np.random.Generator | None) -> Plan:
+        """Return the plan of these pictures (B,). Without `rng` each has its plain caption and is not moved,
+        and no caption is dropped."""
+        captions = [self._caption(index, rng) for index in pictures.tolist()]
+        count = len(pictures)
+        variants = np.zeros(count, int) if rng is None else rng.integers(self._variants, size=count)
+        ids, mask = self._tokenize(captions)
+        longest = int(mask.sum(dim=1).max())
+        return Plan(pictures, torch.from_numpy(variants), ids[:, :longest], mask[:, :longest])
+
+    def _caption(self, index: int, rng: np.random.Generator | None) -> str:
+        record = self._records[index]
+        if rng is None:
+            return plain_caption(record)
+        return "" if rng.random() < PROMPT_DROPOUT else random_caption(record, rng)
+
+    def plans(self, batches: Iterable[Tensor], first_step: int, workers: int) -> Iterable[Plan]:
+        """Return the plans of batches of pictures (B,), the first of which is step `first_step`'s.
+
+        workers: processes that make them ahead, 0 for none. The plans are the same.
+        """
+        # The batches are its "sampler": an endless one is fine.
+        steps = cast(Sampler[Any], enumerate(batches, first_step))
+        return DataLoader(self, batch_size=None, sampler=steps, num_workers=workers)
 
 
 class Lessons:
@@ -53,47 +111,34 @@ class Lessons:
         self.device = device
         self.text_encoder = text_encoder
         self.quantizer: MultiScaleQuantizer = vqvae.quantizer
+        self.planner = Planner(data.records, text_encoder.tokenize, variants, seed)
+        pictures = PictureStore(data.pictures, device)
         mirrorable = torch.tensor([may_be_mirrored(record) for record in data.records])
-        found = [encode_all(data, vqvae, maps, device)]
+        found = [encode_all(pictures, vqvae, maps)]
         for variant in range(1, variants):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + variant)
             moved = Moved(mirrorable, generator)
-            found.append(encode_all(data, vqvae, maps, device, moved))
+            found.append(encode_all(pictures, vqvae, maps, moved))
         self.tokens = torch.stack(found)
         self._lengths = [h * w for h, w in maps]
 
     @torch.no_grad()
-    def lesson(self, indices: Sequence[int], rng: np.random.Generator | None) -> Lesson:
-        """Return the lesson of these pictures.
-
-        Without `rng` each has its plain caption and is not moved, and no caption is dropped.
-        """
-        captions = [self._caption(index, rng) for index in indices]
-        variants = (
-            np.zeros(len(indices), int) if rng is None else rng.integers(len(self.tokens), size=len(indices))
-        )
-        rows = torch.from_numpy(variants), torch.as_tensor(np.asarray(indices))
-        tokens = self.tokens[rows].to(self.device)
+    def lesson(self, plan: Plan) -> Lesson:
+        """Return what a plan is about."""
+        plan = Plan(*(part.to(self.device) for part in plan))
+        tokens = self.tokens[plan.variants, plan.pictures]
         inputs = self.quantizer.teacher_inputs(tokens.split(self._lengths, dim=1), self.maps)
-        return Lesson(tokens, inputs, short_states(self.text_encoder, captions))
+        return Lesson(tokens, inputs, self._text(plan))
 
-    def _caption(self, index: int, rng: np.random.Generator | None) -> str:
-        record = self.data.records[index]
-        if rng is None:
-            return plain_caption(record)
-        return "" if rng.random() < PROMPT_DROPOUT else random_caption(record, rng)
+    def held_out(self, count: int) -> Lesson:
+        """Return the first pictures of held-out pairs, not moved, with their plain captions."""
+        return self.lesson(self.planner.plan(torch.from_numpy(self.data.indices("pairs")[:count]), None))
 
-
-@torch.no_grad()
-def short_states(text_encoder: TextEncoder, captions: Sequence[str]) -> TextStates:
-    """Return text states cut to the longest caption: equal to the padded ones, since CLIP looks back only
-    and cross-attention masks the padding."""
-    ids, mask = text_encoder.tokenize(captions)
-    longest = int(mask.sum(dim=1).max())
-    device = next(text_encoder.parameters()).device
-    ids, mask = ids[:, :longest].to(device), mask[:, :longest].to(device)
-    states = text_encoder.model(input_ids=ids, attention_mask=mask.long())
-    return TextStates(states.last_hidden_state.float(), mask, states.pooler_output.float())
+    def _text(self, plan: Plan) -> TextStates:
+        """Return text states cut to the longest caption: equal to the padded ones, since CLIP looks back only
+        and cross-attention masks the padding."""
+        states = self.text_encoder.model(input_ids=plan.ids, attention_mask=plan.mask.long())
+        return TextStates(states.last_hidden_state.float(), plan.mask, states.pooler_output.float())
 
 
 def may_be_mirrored(record: Record) -> bool:
@@ -130,20 +175,16 @@ class Moved:
 
 @torch.no_grad()
 def encode_all(
-    data: EmojiSet,
-    vqvae: VQVAE,
-    maps: tuple[TokenMap, ...],
-    device: torch.device,
-    moved: Moved | None = None,
+    store: PictureStore, vqvae: VQVAE, maps: tuple[TokenMap, ...], moved: Moved | None = None
 ) -> Tensor:
-    """Return the tokens (N, L) of all pictures, as they are or moved."""
+    """Return the tokens (N, L) of all pictures, as they are or moved, on their device."""
     found = []
-    for start in range(0, len(data.pictures), ENCODE_BATCH):
-        pictures = pictures_to_tensor(data.pictures[start : start + ENCODE_BATCH], device)
+    for start in range(0, len(store), ENCODE_BATCH):
+        pictures = store.take(slice(start, start + ENCODE_BATCH))
         if moved is not None:
             pictures = moved(pictures, start)
         quantized = vqvae.quantizer.quantize(vqvae.encode(pictures), maps)
-        found.append(torch.cat(quantized.tokens, dim=1).cpu())
+        found.append(torch.cat(quantized.tokens, dim=1))
     return torch.cat(found)
 
 

@@ -19,23 +19,26 @@ ITERATIONS = 5
 RMS_OF_ADAMW = 0.2
 
 
-def orthogonalise(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a matrix (m, n) with its singular values brought near 1, by a Newton-Schulz iteration.
+def orthogonalise(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return matrices (..., m, n) with their singular values brought near 1, by a Newton-Schulz iteration.
 
-    `dtype` is that of the iteration and the result, None for the matrix's own.
+    `dtype` is that of the iteration and the result, None for the matrices' own.
     """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x: Tensor = matrix.T if tall else matrix
-    x = x.div(x.norm() + 1e-7).to(dtype or matrix.dtype)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x: Tensor = matrices.mT if tall else matrices
+    x = x.div(x.norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype or matrices.dtype)
     for _ in range(ITERATIONS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, with decoupled weight decay. For matrices (m, n) only."""
+    """Nesterov momentum, orthogonalised, with decoupled weight decay. For matrices (m, n) only.
+
+    Matrices of one shape go through the iteration together: a GPU would wait for each alone.
+    """
 
     def __init__(
         self,
@@ -54,15 +57,22 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         assert closure is None, "this optimizer takes no closure"
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"]
-                momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalise(parameter.grad.lerp(momentum, group["momentum"]), self.dtype)
-                scale = RMS_OF_ADAMW * math.sqrt(max(parameter.shape))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * scale)
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in alike.items():
+                self._step(parameters, group, RMS_OF_ADAMW * math.sqrt(max(shape)))
+
+    def _step(self, parameters: list[Tensor], group: dict[str, Any], scale: float) -> None:
+        """Update parameters of one shape."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        wanted = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        updates = orthogonalise(torch.stack(wanted), self.dtype).to(parameters[0].dtype)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * scale)

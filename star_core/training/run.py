@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -26,9 +29,22 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--rate", type=float, default=rate, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that make captions ahead, for a fast GPU",
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--log-every", type=int, default=20, help="steps between lines of progress")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=math.inf,
+        help="seconds of training after which the run ends, before its steps: for a machine lent for minutes",
+    )
     parser.add_argument(
         "--bfloat16",
         action="store_true",
@@ -41,13 +57,14 @@ def precision(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bfloat16)
 
 
-def rate_at(step: int, steps: int, peak: float, *, warmup: int = 100, decay: float = 0.4) -> float:
+def rate_at(step: int, done: float, peak: float, *, warmup: int = 100, decay: float = 0.4) -> float:
     """Return the learning rate: linear warm-up, flat, then linear to 2 % over the last `decay` share.
 
-    The flat middle lets a finished run be resumed with more steps without a second warm-up.
+    done: the share of the run that is behind. The flat middle lets a finished run be resumed with more steps
+    without a second warm-up.
     """
     rise = min(1.0, (step + 1) / warmup)
-    fall = min(1.0, max(0.0, (steps - step) / (decay * steps)))
+    fall = min(1.0, max(0.0, (1 - done) / decay))
     return peak * rise * (0.02 + 0.98 * fall)
 
 
@@ -64,11 +81,12 @@ class Average:
         """Take the module's present parameters in, faster at the start of a run."""
         self.steps += 1
         keep = min(self.keep, self.steps / (self.steps + 10))
-        for name, value in module.state_dict().items():
-            if value.is_floating_point():
-                self.state[name].lerp_(value, 1 - keep)
-            else:
-                self.state[name].copy_(value)
+        present = module.state_dict()
+        moving = [name for name, value in present.items() if value.is_floating_point()]
+        # One call for all: on a GPU a step would otherwise wait for hundreds of tiny ones.
+        torch._foreach_lerp_([self.state[n] for n in moving], [present[n] for n in moving], 1 - keep)
+        for name in present.keys() - moving:
+            self.state[name].copy_(present[name])
 
 
 @dataclass
@@ -77,6 +95,7 @@ class Checkpoint:
 
     path: Path
     step: int = 0
+    saved: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
@@ -86,6 +105,7 @@ class Checkpoint:
             return None
         state = read_pickle(self.path)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.saved = self.step
         log.info("resuming %s at step %d (%.0f s so far)", self.path, self.step, self.seconds)
         return dict(state)
 
@@ -96,6 +116,11 @@ class Checkpoint:
         part = self.path.with_suffix(".part")
         torch.save(whole, part)
         os.replace(part, self.path)
+        self.saved = self.step
+
+    def done(self, args: argparse.Namespace) -> float:
+        """Return the share of a run that is behind: of its steps, or of its time where that is further."""
+        return float(max(self.step / args.steps, self.total_seconds() / args.time_limit))
 
     def total_seconds(self) -> float:
         """Return the seconds of training, earlier sessions counted in."""
@@ -120,10 +145,20 @@ def shuffled_batches(count: int, batch: int, seed: int, first_step: int) -> Iter
             step += 1
 
 
-def pictures_to_tensor(pictures: Any, device: torch.device) -> Tensor:
-    """Return uint8 pictures (N, H, W, 3) as (N, 3, H, W) float32 in [-1, 1]."""
-    tensor = torch.from_numpy(pictures.copy()).to(device)
-    return tensor.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+class PictureStore:
+    """All pictures, uint8 (N, H, W, 3), on the device that trains: a step copies none over."""
+
+    def __init__(self, pictures: npt.NDArray[np.uint8], device: torch.device) -> None:
+        self._pictures = torch.from_numpy(np.array(pictures)).to(device)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def take(self, indices: Tensor | slice) -> Tensor:
+        """Return the pictures at `indices` (B,) or in a slice as (B, 3, H, W) float32 in [-1, 1]."""
+        if isinstance(indices, Tensor):
+            indices = indices.to(self._pictures.device)
+        return self._pictures[indices].permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -234,8 +234,9 @@ def train(student: Student, corpus: Corpus, wording: Wording, args: argparse.Nam
         optimizer.load_state_dict(state["optimizer"])
     if checkpoint.step == 0:
         log.info("before training: %s", _told(measure(student, corpus, wording, args.seed)))
-    for step in range(checkpoint.step, args.steps):
-        set_rate(optimizer, rate_at(step, args.steps, args.rate))
+    while (done := checkpoint.done(args)) < 1:
+        step = checkpoint.step
+        set_rate(optimizer, rate_at(step, done, args.rate))
         batch = draw_batch(corpus, wording, args.batch, seed=args.seed, step=step).to(student.device)
         loss = loss_of(student, batch)
         optimizer.zero_grad(set_to_none=True)
@@ -245,7 +246,7 @@ def train(student: Student, corpus: Corpus, wording: Wording, args: argparse.Nam
         checkpoint.step = step + 1
         if checkpoint.step % 50 == 0:
             log.info("step %d, loss %.4f, %.0f s", step + 1, loss.item(), checkpoint.total_seconds())
-        if checkpoint.step % args.save_every == 0 or checkpoint.step == args.steps:
+        if checkpoint.step % args.save_every == 0 or checkpoint.done(args) >= 1:
             log.info("held out: %s", _told(measure(student, corpus, wording, args.seed)))
             checkpoint.save({"student": student.state_dict(), "optimizer": optimizer.state_dict()})
 

@@ -19,8 +19,8 @@ from .packages import asset_path
 from .run import (
     Average,
     Checkpoint,
+    PictureStore,
     add_run_arguments,
-    pictures_to_tensor,
     precision,
     rate_at,
     set_rate,
@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
     """Add the weight of LPIPS beside the L1 distance."""
     parser.add_argument("--perceptual", type=float, default=0.3, help="weight of LPIPS beside the L1 distance")
+    parser.add_argument(
+        "--perceptual-share",
+        type=float,
+        default=1 / 3,
+        help="share of a batch that LPIPS looks at: on a CPU it takes most of a step",
+    )
 
 
 class Tokenizer:
@@ -65,6 +71,7 @@ class Tokenizer:
         perceptual: nn.Module,
         autocast: torch.autocast,
         perceptual_weight: float,
+        perceptual_share: float,
     ) -> None:
         self.vqvae = VQVAE(config)
         # mypy knows no overload of Module.to for memory formats.
@@ -74,10 +81,11 @@ class Tokenizer:
         self.perceptual = perceptual
         self.autocast = autocast
         self.perceptual_weight = perceptual_weight
+        self.perceptual_share = perceptual_share
         self.uses = torch.zeros(config.codebook_size)
 
-    def loss(self, pictures: Tensor, *, perceptual: bool) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss of pictures (B, 3, H, W) and its parts."""
+    def loss(self, pictures: Tensor, *, perceptual: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of pictures (B, 3, H, W) and its parts, all on the device."""
         with self.autocast:
             features = self.vqvae.encode(pictures)
         # Nearest codes are found, and f_hat is summed, in float32.
@@ -86,19 +94,19 @@ class Tokenizer:
             drawn = self.vqvae.decoder(self.vqvae.post_quant_conv(f_hat)).float()
         pixel = (drawn - pictures).abs().mean()
         loss = pixel + QUANTIZER_WEIGHT * vq
-        parts = {"l1": pixel.item(), "vq": vq.item()}
+        parts = {"l1": pixel.detach(), "vq": vq.detach()}
         if perceptual:
-            few = max(1, pictures.shape[0] // 3)
+            few = max(1, int(pictures.shape[0] * self.perceptual_share))
             with self.autocast:
                 distance = self.perceptual(drawn[:few].clamp(-1, 1), pictures[:few]).float().mean()
             loss = loss + self.perceptual_weight * distance
-            parts["lpips"] = distance.item()
+            parts["lpips"] = distance.detach()
         self._count(quantized)
         return loss, parts
 
     def _count(self, quantized: Quantized) -> None:
-        for tokens in quantized.tokens:
-            self.uses += tokens.flatten().bincount(minlength=len(self.uses)).cpu()
+        used = torch.cat([tokens.flatten() for tokens in quantized.tokens])
+        self.uses = self.uses.to(used.device).index_add_(0, used, torch.ones_like(used, dtype=torch.float32))
 
     @torch.no_grad()
     def reseed(self, pictures: Tensor, generator: torch.Generator) -> int:
@@ -145,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     data = EmojiSet.load(args.data, args.size)
     train, held_out = data.indices("train"), data.indices("pairs")[:128]
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
-    trainer = Tokenizer(config, maps, perceptual, precision(args), args.perceptual)
+    trainer = Tokenizer(config, maps, perceptual, precision(args), args.perceptual, args.perceptual_share)
     trainer.vqvae.to(device)
     optimizer = torch.optim.AdamW(trainer.vqvae.parameters(), args.rate, betas=(0.9, 0.95), weight_decay=0.01)
     average = Average(trainer.vqvae, 0.998)
@@ -154,13 +162,30 @@ def run(args: argparse.Namespace) -> None:
         trainer.vqvae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.state, average.steps = state["average"], checkpoint.step
+    pictures_of = PictureStore(data.pictures, device)
+    real = pictures_of.take(torch.from_numpy(held_out))
+
+    def save() -> None:
+        checkpoint.save(
+            {
+                "model": trainer.vqvae.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average.state,
+            }
+        )
+        export(average, config, args.run)
+        averaged = VQVAE(config).to(device).eval()
+        averaged.load_state_dict(average.state)
+        drawn = reconstruct(averaged, real, maps)
+        log.info("step %d held-out PSNR %.2f dB", checkpoint.step, psnr(drawn, real))
+
     generator = torch.Generator().manual_seed(args.seed + checkpoint.step)
     for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
-        step = checkpoint.step
-        if step >= args.steps:
+        step, done = checkpoint.step, checkpoint.done(args)
+        if done >= 1:
             break
-        set_rate(optimizer, rate_at(step, args.steps, args.rate))
-        pictures = pictures_to_tensor(data.pictures[train[batch.numpy()]], device)
+        set_rate(optimizer, rate_at(step, done, args.rate))
+        pictures = pictures_of.take(torch.from_numpy(train[batch.numpy()]))
         flip = torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5
         pictures = torch.where(flip.to(device), pictures.flip(3), pictures)
         pictures = pictures.to(memory_format=torch.channels_last)
@@ -172,25 +197,15 @@ def run(args: argparse.Namespace) -> None:
         average.update(trainer.vqvae)
         checkpoint.step += 1
         # Early and often, then rarely: a codebook that starts dead stays dead otherwise.
-        if (step in (10, 30, 60) or (step + 1) % RESEED_EVERY == 0) and (step < RESEED_UNTIL * args.steps):
-            parts["unused"] = trainer.reseed(pictures, generator)
-        if step % 20 == 0 or "unused" in parts:
-            shown = " ".join(f"{k} {v:.4g}" for k, v in parts.items())
+        if (step in (10, 30, 60) or (step + 1) % RESEED_EVERY == 0) and done < RESEED_UNTIL:
+            log.info("step %d: %d codes moved", step, trainer.reseed(pictures, generator))
+        if step % args.log_every == 0:
+            shown = " ".join(f"{k} {v.item():.4g}" for k, v in parts.items())
             log.info("step %d %.0f s %s", step, checkpoint.total_seconds(), shown)
-        if checkpoint.step % args.save_every == 0 or checkpoint.step == args.steps:
-            checkpoint.save(
-                {
-                    "model": trainer.vqvae.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average.state,
-                }
-            )
-            export(average, config, args.run)
-            averaged = VQVAE(config).to(device).eval()
-            averaged.load_state_dict(average.state)
-            real = pictures_to_tensor(data.pictures[held_out], device)
-            drawn = reconstruct(averaged, real, maps)
-            log.info("step %d held-out PSNR %.2f dB", checkpoint.step, psnr(drawn, real))
+        if checkpoint.step % args.save_every == 0:
+            save()
+    if checkpoint.step > checkpoint.saved:
+        save()
 
 
 def export(average: Average, config: VQVAEConfig, folder: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,18 +82,24 @@ def optimizers(
     ]
 
 
+def attention_kernel(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context of training attention: written out on a CPU, where over so few tokens that is faster
+    to train than the fused kernel."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
 def loss_of(transformer: Transformer, lesson: Lesson, lessons: Lessons, positions: Tensor | None) -> Tensor:
     """Return the cross-entropy in nats, averaged over the batch's tokens (at `positions`)."""
     keys = transformer.text_keys(lesson.text.hidden, lesson.text.mask)
     features = transformer(lesson.inputs, lesson.text.pooled, keys, lessons.maps, positions=positions)
     wanted = lesson.tokens if positions is None else lesson.tokens[:, positions]
-    return F.cross_entropy(transformer.logits(features).flatten(0, 1), wanted.flatten().long())
+    return F.cross_entropy(transformer.logits(features).flatten(0, 1), wanted.flatten())
 
 
 @torch.no_grad()
 def held_out_loss(transformer: Transformer, lessons: Lessons, count: int = 128) -> list[float]:
     """Return the cross-entropy per scale on held-out pictures with their plain captions."""
-    lesson = lessons.lesson([int(i) for i in lessons.data.indices("pairs")[:count]], None)
+    lesson = lessons.held_out(count)
     keys = transformer.text_keys(lesson.text.hidden, lesson.text.mask)
     logits = transformer.logits(transformer(lesson.inputs, lesson.text.pooled, keys, lessons.maps))
     losses = F.cross_entropy(logits.mT, lesson.tokens.long(), reduction="none").mean(dim=0)
@@ -148,22 +156,40 @@ def run(args: argparse.Namespace) -> None:
         for optimizer, stored in zip(made, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
         average.state, average.steps = state["average"], checkpoint.step
-    train = data.indices("train")
-    for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
-        step = checkpoint.step
-        if step >= args.steps:
+
+    def save() -> None:
+        checkpoint.save(
+            {
+                "model": transformer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in made],
+                "average": average.state,
+            }
+        )
+        averaged = export(average, config, args.run)
+        losses = held_out_loss(averaged.to(device), lessons)
+        log.info(
+            "step %d held-out loss %.3f, per scale %s",
+            checkpoint.step,
+            float(np.average(losses, weights=[h * w for h, w in config.maps])),
+            " ".join(f"{value:.2f}" for value in losses),
+        )
+
+    train = torch.from_numpy(data.indices("train"))
+    shuffled = shuffled_batches(len(train), args.batch, args.seed, checkpoint.step)
+    batches = (train[batch] for batch in shuffled)
+    for plan in lessons.planner.plans(batches, checkpoint.step, args.workers):
+        step, done = checkpoint.step, checkpoint.done(args)
+        if done >= 1:
             break
-        rng = np.random.default_rng([args.seed, step])
-        lesson = lessons.lesson([int(i) for i in train[batch.numpy()]], rng)
+        lesson = lessons.lesson(plan)
         positions = None
-        if step < (1 - WHOLE_SHARE) * args.steps:
+        if done < 1 - WHOLE_SHARE:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            positions = window_positions(config.maps, WINDOWED_SCALES, args.window, generator)
-        # Written out, attention over so few tokens is faster to train on a CPU than the fused kernel.
-        with precision(args), sdpa_kernel(SDPBackend.MATH):
+            positions = window_positions(config.maps, WINDOWED_SCALES, args.window, generator).to(device)
+        with precision(args), attention_kernel(device):
             loss = loss_of(transformer, lesson, lessons, positions)
         for optimizer in made:
-            set_rate(optimizer, rate_at(step, args.steps, args.rate))
+            set_rate(optimizer, rate_at(step, done, args.rate))
             optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(transformer.parameters(), 2.0)
@@ -171,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
             optimizer.step()
         average.update(transformer)
         checkpoint.step += 1
-        if step % 20 == 0:
+        if step % args.log_every == 0:
             tokens = token_count(config.maps) if positions is None else len(positions)
             log.info(
                 "step %d %.0f s loss %.3f (%d tokens)",
@@ -180,22 +206,10 @@ def run(args: argparse.Namespace) -> None:
                 loss.item(),
                 tokens,
             )
-        if checkpoint.step % args.save_every == 0 or checkpoint.step == args.steps:
-            checkpoint.save(
-                {
-                    "model": transformer.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in made],
-                    "average": average.state,
-                }
-            )
-            averaged = export(average, config, args.run)
-            losses = held_out_loss(averaged.to(device), lessons)
-            log.info(
-                "step %d held-out loss %.3f, per scale %s",
-                checkpoint.step,
-                float(np.average(losses, weights=[h * w for h, w in config.maps])),
-                " ".join(f"{value:.2f}" for value in losses),
-            )
+        if checkpoint.step % args.save_every == 0:
+            save()
+    if checkpoint.step > checkpoint.saved:
+        save()
 
 
 def export(average: Average, config: StarConfig, folder: Path) -> Transformer:

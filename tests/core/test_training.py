@@ -46,7 +46,7 @@ def test_too_few_pictures_for_a_batch_are_refused():
 
 
 def test_the_rate_rises_stays_and_falls():
-    rates = [rate_at(step, 1000, 1.0, warmup=100, decay=0.4) for step in range(1000)]
+    rates = [rate_at(step, step / 1000, 1.0, warmup=100, decay=0.4) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01)
     assert rates[100:600] == [1.0] * 500
     assert rates[-1] < 0.03
