@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .config import TransformerConfig
 from .rope import Rotation
-from .sampling import Draw, ScaleNoise, draw, guide, upload
+from .sampling import Draw, ScaleNoise, draw, guide
 from .schedule import ScalePolicy, Strategy
+from .transfer import upload
 from .transformer import SelfBlock, norm
 
 

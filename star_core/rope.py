@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import TokenMap
+from .transfer import upload
 
 
 class Rotation(NamedTuple):
@@ -21,7 +22,7 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     def to(self, device: torch.device) -> Rotation:
-        return Rotation(self.cos.to(device), self.sin.to(device))
+        return Rotation(upload(self.cos, device), upload(self.sin, device))
 
     def rows(self, start: int, stop: int) -> Rotation:
         """Return the rotations of tokens start..stop-1."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .transfer import upload
+
 MAX_SEED = 2**64 - 1
 FEW = 512
 """Logits looked at before a row is sorted whole: 1 / 8 of the released codebook, at 1 / 4 of a sort's time."""
@@ -91,13 +93,6 @@ class KeptNoise(ScaleNoise):
         assert (made, wanted) == (draw, shape), "a scale asks for the same numbers each time"
         self._next += 1
         return held
-
-
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """Return a CPU tensor on a device. The host does not wait for what a GPU is still doing."""
-    if device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, strength: float) -> Tensor:

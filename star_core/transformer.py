@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .attention import CrossAttention, KVCache, LayerCache, SelfAttention, TextKeys
 from .config import TokenMap, TransformerConfig, token_count
 from .rope import Rotation, axial_rope_of_maps
+from .transfer import upload
 
 NORM_EPS = 1e-6
 FFN_RATIO = 4
@@ -184,9 +185,8 @@ class Transformer(nn.Module):
         up to its own. `positions` (K,) keeps only those of the L tokens (paper 4.4's efficient training):
         the result is then (R, K, C).
         """
-        scales = torch.cat([torch.full((h * w,), s, dtype=torch.long) for s, (h, w) in enumerate(maps)]).to(
-            teacher_inputs.device
-        )
+        each = [torch.full((h * w,), s, dtype=torch.long) for s, (h, w) in enumerate(maps)]
+        scales = upload(torch.cat(each), teacher_inputs.device)
         embedded = self.word_embed(teacher_inputs.to(self.dtype))
         first = token_count(maps[:1])
         embedded = embedded + self._scale_vectors(scales[first:], embedded)

@@ -24,6 +24,7 @@ from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
 from ..config import StarConfig
 from ..presets import sampler_start
 from ..text_encoder import load_text_encoder
+from ..transfer import upload
 from ..transformer import Transformer
 from .emoji import EmojiSet
 from .lessons import Lesson, Lessons, run_folder_file
@@ -84,7 +85,8 @@ class SamplerLessons:
         tokens = lesson.tokens.split(self.lengths, dim=1)
         total: Tensor = features[0].new_zeros(())
         for scale in range(self.first, len(self.lengths)):
-            known = known_mask(len(tokens[scale]), self.lengths[scale], rng).to(features[0].device)
+            shown = known_mask(len(tokens[scale]), self.lengths[scale], rng)
+            known = upload(shown, features[0].device)
             logits = self.logits(sampler, tokens[scale], known, features[scale], lesson, scale)
             wanted = tokens[scale].masked_fill(known, IGNORED)
             total = total + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)

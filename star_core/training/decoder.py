@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint import load_vqvae
 from ..config import VQVAEConfig, square_maps
 from ..evaluation.lpips import load_lpips
+from ..transfer import upload
 from ..vqvae import VQVAE
 from .discriminator import PatchDiscriminator, balance, convincing_loss, judging_loss
 from .emoji import EmojiSet
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         if done >= 1:
             break
         set_rate(optimizer, rate_at(step, done, args.rate))
-        chosen = torch.from_numpy(train[batch.numpy()]).to(device)
+        chosen = upload(torch.from_numpy(train[batch.numpy()]), device)
         real = pictures_of.take(chosen)
         made = drawn(vqvae, tokens[chosen], lengths, args.sides, precision(args))
         pixel = (made - real).abs().mean()

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..config import TokenMap
 from ..quantizer import MultiScaleQuantizer
 from ..text_encoder import TextEncoder, TextStates
+from ..transfer import upload
 from ..vqvae import VQVAE
 from .captions import plain_caption, random_caption
 from .emoji import EmojiSet, Record
@@ -125,7 +126,7 @@ class Lessons:
     @torch.no_grad()
     def lesson(self, plan: Plan) -> Lesson:
         """Return what a plan is about."""
-        plan = Plan(*(part.to(self.device) for part in plan))
+        plan = Plan(*(upload(part, self.device) for part in plan))
         tokens = self.tokens[plan.variants, plan.pictures]
         inputs = self.quantizer.teacher_inputs(tokens.split(self._lengths, dim=1), self.maps)
         return Lesson(tokens, inputs, self._text(plan))

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ..transfer import upload
 from ..weights import read_pickle
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class PictureStore:
     def take(self, indices: Tensor | slice) -> Tensor:
         """Return the pictures at `indices` (B,) or in a slice as (B, 3, H, W) float32 in [-1, 1]."""
         if isinstance(indices, Tensor):
-            indices = indices.to(self._pictures.device)
+            indices = upload(indices, self._pictures.device)
         return self._pictures[indices].permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 

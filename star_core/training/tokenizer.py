@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import TokenMap, VQVAEConfig, square_maps
 from ..evaluation.lpips import load_lpips
 from ..quantizer import Quantized
+from ..transfer import upload
 from ..vqvae import VQVAE
 from ..weights import save_vqvae
 from .emoji import EmojiSet
@@ -187,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
         set_rate(optimizer, rate_at(step, done, args.rate))
         pictures = pictures_of.take(torch.from_numpy(train[batch.numpy()]))
         flip = torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5
-        pictures = torch.where(flip.to(device), pictures.flip(3), pictures)
+        pictures = torch.where(upload(flip, device), pictures.flip(3), pictures)
         pictures = pictures.to(memory_format=torch.channels_last)
         loss, parts = trainer.loss(pictures, perceptual=step > 100)
         optimizer.zero_grad()

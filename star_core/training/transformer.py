@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
 from ..config import StarConfig, TransformerConfig, square_maps, token_count
 from ..text_encoder import load_text_encoder
+from ..transfer import upload
 from ..transformer import Transformer
 from .emoji import EmojiSet
 from .lessons import Lesson, Lessons, run_folder_file, window_positions
@@ -185,7 +186,8 @@ def run(args: argparse.Namespace) -> None:
         positions = None
         if done < 1 - WHOLE_SHARE:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            positions = window_positions(config.maps, WINDOWED_SCALES, args.window, generator).to(device)
+            window = window_positions(config.maps, WINDOWED_SCALES, args.window, generator)
+            positions = upload(window, device)
         with precision(args), attention_kernel(device):
             loss = loss_of(transformer, lesson, lessons, positions)
         for optimizer in made:
