@@ -8,6 +8,8 @@ stay as they are. What it gains and costs is measured in NOTES.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,12 +67,15 @@ def _by_bytes(rows: Tensor, weight: Tensor) -> Tensor:
     return sums[: len(rows)].float().mul_(step)
 
 
-def quantize_linears(module: nn.Module) -> nn.Module:
-    """Replace the linear layers below a module, heads apart, one at a time; return the module."""
+def quantize_linears(module: nn.Module, layer: Callable[[nn.Linear], nn.Module] = Int8Linear) -> nn.Module:
+    """Replace the linear layers below a module, heads apart, one at a time; return the module.
+
+    layer: what to make of each, `Int8Linear` or `fp8.Float8Linear`.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             if name not in EXACT:
-                setattr(module, name, Int8Linear(child))
+                setattr(module, name, layer(child))
         else:
-            quantize_linears(child)
+            quantize_linears(child, layer)
     return module
