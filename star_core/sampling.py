@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels import fused
+
 MAX_SEED = 2**64 - 1
 FEW = 512
 """Logits looked at before a row is sorted whole: 1 / 8 of the released codebook, at 1 / 4 of a sort's time."""
@@ -100,6 +102,7 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
+@fused("sampling.guide")
 def guide(conditional: Tensor, unconditional: Tensor, strength: float) -> Tensor:
     """Return (1 + t) conditional - t unconditional (classifier-free guidance), any shape."""
     return (1 + strength) * conditional - strength * unconditional
@@ -156,10 +159,12 @@ class Draw:
     confidence: Tensor
 
 
+@fused("sampling.draw")
 def draw(logits: Tensor, uniform: Tensor, *, top_k: int, top_p: float, temperature: float = 1.0) -> Draw:
     """Draw a token per position from logits (B, n, V) by inverting the cumulative distribution.
 
     `uniform` (B, n) decides; one number per position, so that no noise of size V is ever made.
+    Where a kernel draws, all logits that tie at the border of top-p stay; the sort here keeps some of them.
     """
     if temperature != 1.0:
         logits = logits / temperature
