@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .kernels import fused
 from .rope import Rotation, rotate
 
 MAX_LOG_SCALE = math.log(100)
@@ -29,19 +30,35 @@ class LayerCache:
         self.filled = 0
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all keys and values, the given scale's included.
+        """Return all keys and values, those of the given scale included."""
+        rows, tokens = keys.shape[0], keys.shape[2]
+        all_keys, all_values = self.room(rows, tokens)
+        all_keys[:, :, self.filled :] = keys
+        all_values[:, :, self.filled :] = values
+        self.advance(tokens)
+        return all_keys, all_values
+
+    def room(self, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values (rows, H, filled + tokens, head_width), whose last `tokens` are to be written.
 
         A scale that no longer fits is not stored: nothing reads the last one (40 % of the cache). Fewer rows
         than the cache has are its first ones.
         """
-        rows, start, stop = keys.shape[0], self.filled, self.filled + keys.shape[2]
-        if stop > self.keys.shape[2]:
-            seen = self.keys[:rows, :, :start], self.values[:rows, :, :start]
-            return torch.cat([seen[0], keys], dim=2), torch.cat([seen[1], values], dim=2)
-        self.keys[:rows, :, start:stop] = keys
-        self.values[:rows, :, start:stop] = values
-        self.filled = stop
-        return self.keys[:rows, :, :stop], self.values[:rows, :, :stop]
+        stop = self.filled + tokens
+        if stop <= self.keys.shape[2]:
+            return self.keys[:rows, :, :stop], self.values[:rows, :, :stop]
+        return self._copied(self.keys[:rows], stop), self._copied(self.values[:rows], stop)
+
+    def _copied(self, seen: Tensor, stop: int) -> Tensor:
+        rows, heads, _, head_width = seen.shape
+        fresh = seen.new_empty(rows, heads, stop, head_width)
+        fresh[:, :, : self.filled] = seen[:, :, : self.filled]
+        return fresh
+
+    def advance(self, tokens: int) -> None:
+        """Count a scale's tokens in, now that they are written; one that did not fit is forgotten."""
+        if self.filled + tokens <= self.keys.shape[2]:
+            self.filled += tokens
 
 
 class KVCache:
@@ -92,12 +109,42 @@ def _queries(x: Tensor, log_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (F.normalize(x.float(), dim=-1) * scale).to(dtype)
 
 
+@fused("attention.self_heads")
+def self_heads(
+    qkv: Tensor,
+    q_bias: Tensor,
+    v_bias: Tensor,
+    log_scale: Tensor,
+    rotation: Rotation,
+    cache: LayerCache | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries (R, H, L, head_width), keys and values of qkv (R, L, 3C), fused where possible.
+
+    The keys and values are those of all scales that the cache has seen, and of this one.
+    """
+    q, k, v = qkv.chunk(3, dim=-1)
+    q, v = q + q_bias.to(q), v + v_bias.to(v)
+    q, k, v = (rearrange(t, "r l (h d) -> r h l d", h=log_scale.shape[1]) for t in (q, k, v))
+    # The rotation keeps lengths, so that rotating first, as the official code does, is equal.
+    q = _queries(rotate(q, rotation), log_scale, v.dtype)
+    k = F.normalize(rotate(k, rotation), dim=-1).to(v.dtype)
+    if cache is not None:
+        k, v = cache.extend(k, v)
+    return q, k, v
+
+
+@fused("attention.cross_queries")
+def cross_queries(q: Tensor, q_bias: Tensor, log_scale: Tensor) -> Tensor:
+    """Return the queries (B, H, L, head_width) of q (B, L, C), fused where possible."""
+    q = rearrange(q + q_bias.to(q), "b l (h d) -> b h l d", h=log_scale.shape[1])
+    return _queries(q, log_scale, q.dtype)
+
+
 class SelfAttention(nn.Module):
     """Attention over the tokens of a picture, rotated by their place in the token map."""
 
     def __init__(self, width: int, heads: int, *, operations: ModuleType = nn) -> None:
         super().__init__()
-        self.heads = heads
         self.qkv = operations.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -113,14 +160,8 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Map (R, L, C) to (R, L, C). `mask` (L, L) is True where a row's token may look."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, v = q + self.q_bias.to(q), v + self.v_bias.to(v)
-        q, k, v = (rearrange(t, "r l (h d) -> r h l d", h=self.heads) for t in (q, k, v))
-        # The rotation keeps lengths, so that rotating first, as the official code does, is equal.
-        q = _queries(rotate(q, rotation), self.log_scale, v.dtype)
-        k = F.normalize(rotate(k, rotation), dim=-1).to(v.dtype)
-        if cache is not None:
-            k, v = cache.extend(k, v)
+        qkv: Tensor = self.qkv(x)
+        q, k, v = self_heads(qkv, self.q_bias, self.v_bias, self.log_scale, rotation, cache)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         projected: Tensor = self.proj(rearrange(mixed, "r h l d -> r l (h d)"))
         return projected
@@ -149,9 +190,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: TextKeys) -> Tensor:
         """Map (B, L, C) to (B, L, C)."""
-        q = self.q(x)
-        q = rearrange(q + self.q_bias.to(q), "b l (h d) -> b h l d", h=self.heads)
-        q = _queries(q, self.log_scale, q.dtype)
+        q = cross_queries(self.q(x), self.q_bias, self.log_scale)
         mixed = F.scaled_dot_product_attention(q, text.keys, text.values, attn_mask=text.mask, scale=1.0)
         projected: Tensor = self.proj(rearrange(mixed, "b h l d -> b l (h d)"))
         return projected

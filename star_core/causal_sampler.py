@@ -205,8 +205,9 @@ def _fixing_order(work: Refinement, drawn: Draw, step: int, positions: int) -> T
 
 def _highest(scores: Tensor, counts: Tensor) -> Tensor:
     """Return a mask (B, n) of each row's counts (B,) highest scores (B, n)."""
-    ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return ranks < rearrange(counts, "b -> b 1")
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(order.shape[1], device=order.device) < rearrange(counts, "b -> b 1")
+    return torch.zeros_like(first).scatter(1, order, first)
 
 
 def sampler_logits(

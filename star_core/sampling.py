@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels import fused
 from .transfer import upload
 
 MAX_SEED = 2**64 - 1
@@ -95,6 +96,7 @@ class KeptNoise(ScaleNoise):
         return held
 
 
+@fused("sampling.guide")
 def guide(conditional: Tensor, unconditional: Tensor, strength: float) -> Tensor:
     """Return (1 + t) conditional - t unconditional (classifier-free guidance), any shape."""
     return (1 + strength) * conditional - strength * unconditional
@@ -151,10 +153,12 @@ class Draw:
     confidence: Tensor
 
 
+@fused("sampling.draw")
 def draw(logits: Tensor, uniform: Tensor, *, top_k: int, top_p: float, temperature: float = 1.0) -> Draw:
     """Draw a token per position from logits (B, n, V) by inverting the cumulative distribution.
 
     `uniform` (B, n) decides; one number per position, so that no noise of size V is ever made.
+    Where a kernel draws, all logits that tie at the border of top-p stay; the sort here keeps some of them.
     """
     if temperature != 1.0:
         logits = logits / temperature

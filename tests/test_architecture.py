@@ -31,8 +31,11 @@ ALLOWED = {
     "slices": set(),
     "transfer": set(),
     "rope": {"config", "transfer"},
-    "sampling": {"transfer"},
-    "attention": {"rope"},
+    "kernels/__init__": set(),
+    "kernels/attention": {"attention", "rope"},
+    "kernels/sampling": {"sampling"},
+    "sampling": {"kernels", "transfer"},
+    "attention": {"kernels", "rope"},
     "quantizer": {"config"},
     "vqvae": {"config", "quantizer", "slices"},
     "transformer": {"config", "rope", "attention", "transfer"},
@@ -132,6 +135,12 @@ def test_imports_inside_star_core_are_relative_and_know_no_comfyui(path: Path):
 @pytest.mark.parametrize("path", FILES, ids=sentence)
 def test_transformers_is_imported_lazily(path: Path):
     assert "transformers" not in foreign(path, at_import=True)
+
+
+@pytest.mark.parametrize("path", FILES, ids=sentence)
+def test_only_the_kernels_behind_their_door_import_triton(path: Path):
+    behind = path.parent.name == "kernels" and path.stem != "__init__"
+    assert behind or "triton" not in foreign(path)
 
 
 @pytest.mark.parametrize("name", NO_TORCH)

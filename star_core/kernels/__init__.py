@@ -1,0 +1,102 @@
+"""The door to fused GPU kernels: plain PyTorch is the reference, and a kernel stands in where it can.
+
+`fused` names the kernel beside a function. The kernel takes a call that needs no gradients, on a GPU for which
+Triton can build it; every other call, a CPU's among them, runs the function itself. This module knows no
+Triton: the kernels' modules are imported at the first call that they may take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+DEVICES = ("cuda",)
+"""Types of devices that kernels run on."""
+
+_log = logging.getLogger(__name__)
+_wanted: ContextVar[bool] = ContextVar("wanted", default=True)
+_given_up = threading.Event()
+
+
+@contextlib.contextmanager
+def references_only() -> Iterator[None]:
+    """Run the references in a with-block, in this thread. Graphs repeat what they were recorded with."""
+    before = _wanted.set(False)
+    try:
+        yield
+    finally:
+        _wanted.reset(before)
+
+
+def given_up() -> bool:
+    """Whether a kernel could not be built, so that this process runs the references from then on."""
+    return _given_up.is_set()
+
+
+def fused(
+    kernel: str,
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Mark a function as the reference of `kernel`, "module.function" in this package.
+
+    The kernel has the function's arguments, its tensors first and by position, and returns the same, or None
+    for shapes and dtypes that it does not take. It changes no state before it has been started.
+    """
+
+    def mark(reference: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(reference)
+        def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            made: Result | None = _by_kernel(kernel, args, kwargs) if _may_take(args) else None
+            return reference(*args, **kwargs) if made is None else made
+
+        return run
+
+    return mark
+
+
+def _may_take(args: Sequence[object]) -> bool:
+    """Whether kernels are there for a call with these arguments."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if not tensors or tensors[0].device.type not in DEVICES or _given_up.is_set() or not _wanted.get():
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    # A mode wants to see PyTorch's operations: a tape would miss what a kernel writes.
+    return _get_current_dispatch_mode() is None
+
+
+@functools.cache
+def _named(kernel: str) -> Callable[..., Any]:
+    module, function = kernel.split(".")
+    found: Callable[..., Any] = getattr(importlib.import_module(f".{module}", __name__), function)
+    return found
+
+
+def _by_kernel(kernel: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Return a kernel's result; None where it does not take the arguments, or cannot be built."""
+    try:
+        # Triton starts kernels on the current device, wherever the tensors are.
+        with torch.cuda.device_of(args[0]):
+            return _named(kernel)(*args, **kwargs)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # No compiler, an old GPU, another Triton: builds fail in more ways than can be named, and none of them
+        # is the user's affair, since the reference gives the same picture.
+        _given_up.set()
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+        level = logging.INFO if missing else logging.WARNING
+        _log.log(level, "No fused kernels, PyTorch's operations serve instead: %s: %s", kernel, error)
+        return None

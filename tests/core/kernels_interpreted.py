@@ -1,0 +1,301 @@
+"""Every kernel against its reference, by Triton's interpreter on a CPU. `test_kernels.py` starts this file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from star_core import attention, kernels, sampling
+from star_core.attention import LayerCache
+from star_core.kernels import attention as by_attention
+from star_core.kernels import references_only
+from star_core.kernels import sampling as by_sampling
+from star_core.rope import Rotation
+from star_core.sampling import PictureSeed
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels.py runs this file, in Triton's interpreter"
+
+ALMOST_ONE = 1 - 2**-24
+UNIT_ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2**-6}
+"""Greatest difference of vectors of length 1. The interpreter cuts bfloat16 off where a GPU rounds."""
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rotation(seed: int, *shape: int) -> Rotation:
+    angles = 3 * normal(seed, *shape)
+    return Rotation(angles.cos(), angles.sin())
+
+
+def of_unit_length(x: Tensor, like: Tensor) -> Tensor:
+    return x.float() / like.float().norm(dim=-1, keepdim=True).clamp_min(1e-3)
+
+
+def assert_near(ours: Tensor, theirs: Tensor) -> None:
+    """Compare queries, keys or values (R, H, L, head_width), all measured in lengths of the expected ones."""
+    assert ours.dtype == theirs.dtype
+    error = UNIT_ERROR[ours.dtype]
+    torch.testing.assert_close(of_unit_length(ours, theirs), of_unit_length(theirs, theirs), atol=error, rtol=0)
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What self-attention is prepared from: rows of `tokens` tokens, behind a cache of `capacity`."""
+
+    head_width: int = 64
+    dtype: torch.dtype = torch.float32
+    rows: int = 2
+    heads: int = 3
+    tokens: int = 37
+    turns_by_row: bool = False
+    filled: int = 0
+    capacity: int | None = None
+
+    def cache(self) -> LayerCache | None:
+        if self.capacity is None:
+            return None
+        shape = self.rows + 1, self.heads, self.capacity, self.head_width
+        cache = LayerCache(normal(7, *shape).to(self.dtype), normal(8, *shape).to(self.dtype))
+        cache.filled = self.filled
+        return cache
+
+    def arguments(self, cache: LayerCache | None) -> tuple:
+        width = self.heads * self.head_width
+        turns = (self.rows,) if self.turns_by_row else ()
+        qkv = normal(1, self.rows, self.tokens, 3 * width)
+        qkv[0, 0] = 0  # a key without a length
+        log_scale = torch.tensor([0.5, 4.0, 9.0, -1.0][: self.heads]).reshape(1, -1, 1, 1)  # 9: beyond log 100
+        biases = normal(2, width).to(self.dtype), normal(3, width).to(self.dtype)
+        turned = rotation(4, *turns, self.tokens, self.head_width // 2)
+        return qkv.to(self.dtype), *biases, log_scale, turned, cache
+
+
+CASES = {
+    "plain": Inputs(),
+    "half": Inputs(dtype=torch.float16),
+    "bfloat16": Inputs(dtype=torch.bfloat16),
+    "narrow heads": Inputs(head_width=8),
+    "wide heads": Inputs(head_width=128, tokens=17),
+    "one token": Inputs(tokens=1, rows=1),
+    "tokens of each row's own": Inputs(turns_by_row=True),
+    "empty cache": Inputs(capacity=50),
+    "cache filled before": Inputs(capacity=60, filled=11, dtype=torch.float16),
+    "cache filled up": Inputs(capacity=48, filled=11),
+    "last scale, not stored": Inputs(capacity=47, filled=11),
+    "last scale of a pruned bfloat16 row": Inputs(
+        capacity=40, filled=11, dtype=torch.bfloat16, turns_by_row=True
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_heads_are_prepared_as_the_reference_does(case: str):
+    inputs = CASES[case]
+    ours_cache, theirs_cache = inputs.cache(), inputs.cache()
+    ours = by_attention.self_heads(*inputs.arguments(ours_cache))
+    theirs = attention.self_heads(*inputs.arguments(theirs_cache))
+    assert ours is not None
+    for our, their in zip(ours, theirs, strict=True):
+        assert_near(our, their)
+    # Mixed values are laid out as queries are; then joining the heads for the projection is free.
+    assert ours[0].transpose(1, 2).is_contiguous()
+    assert theirs[0].transpose(1, 2).is_contiguous()
+    if ours_cache is not None and theirs_cache is not None:
+        assert ours_cache.filled == theirs_cache.filled
+        assert_near(ours_cache.keys, theirs_cache.keys)
+        assert_near(ours_cache.values, theirs_cache.values)
+        stored = theirs_cache.filled > inputs.filled
+        assert (ours[1].data_ptr() == ours_cache.keys.data_ptr()) == stored
+
+
+def test_many_tokens_are_prepared_by_programs_of_several_heads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(by_attention, "MANY_TOKENS", 16)
+    for heads in (1, 2, 3, 4):
+        inputs = Inputs(heads=heads)
+        ours = by_attention.self_heads(*inputs.arguments(None))
+        for our, their in zip(ours, attention.self_heads(*inputs.arguments(None)), strict=True):
+            assert_near(our, their)
+
+
+def test_biases_are_added_in_the_dtype_of_the_tensors():
+    # Were the sums not rounded, the numbers would still be near, but one in eight would be another half.
+    arguments = Inputs(dtype=torch.float16).arguments(None)
+    ours, theirs = (f(*arguments)[0] for f in (by_attention.self_heads, attention.self_heads))
+    assert float((ours == theirs).double().mean()) > 0.98
+
+
+def test_biases_and_scales_may_be_of_another_dtype():
+    qkv, q_bias, v_bias, log_scale, turned, cache = Inputs(dtype=torch.float16).arguments(None)
+    arguments = qkv, q_bias.float(), v_bias.double(), log_scale.half(), turned, cache
+    for our, their in zip(by_attention.self_heads(*arguments), attention.self_heads(*arguments), strict=True):
+        assert_near(our, their)
+
+
+def test_what_the_kernels_are_not_made_for_is_left_to_the_reference():
+    assert by_attention.self_heads(*Inputs(head_width=12).arguments(None)) is None
+    qkv, *others = Inputs().arguments(None)
+    assert by_attention.self_heads(qkv.double(), *others) is None
+    assert by_attention.self_heads(torch.cat([qkv, qkv], dim=-1)[..., : qkv.shape[-1]], *others) is None
+    inputs = Inputs(capacity=50)
+    cache = inputs.cache()
+    cache.keys = cache.keys.half()
+    assert by_attention.self_heads(*inputs.arguments(cache)) is None
+    assert by_attention.cross_queries(normal(1, 1, 2, 24), normal(2, 24), torch.zeros(1, 2, 1, 1)) is None
+    few, much = normal(1, 1, 2, 5), torch.rand(1, 2)
+    options = {"top_k": 0, "top_p": 0.0}
+    assert by_sampling.draw(few.half(), much, **options) is None
+    assert by_sampling.draw(few.expand(3, 2, 5), much.expand(3, 2), **options) is None
+    assert by_sampling.draw(normal(1, 1, 1, 16385), torch.rand(1, 1), **options) is None
+    assert by_sampling.guide(few, few[..., :1], 1.0) is None
+
+
+@pytest.mark.parametrize("dtype", UNIT_ERROR)
+@pytest.mark.parametrize("head_width", [4, 32, 64, 256])
+def test_cross_queries_are_the_reference_s(dtype: torch.dtype, head_width: int):
+    q, bias = normal(1, 2, 19, 3 * head_width).to(dtype), normal(2, 3 * head_width).to(dtype)
+    log_scale = torch.tensor([0.5, 4.0, 9.0]).reshape(1, -1, 1, 1)
+    ours, theirs = (f(q, bias, log_scale) for f in (by_attention.cross_queries, attention.cross_queries))
+    assert_near(ours, theirs)
+    assert ours.transpose(1, 2).is_contiguous()
+    assert theirs.transpose(1, 2).is_contiguous()
+
+
+def test_guidance_is_the_reference_s_to_the_last_bit():
+    conditional, unconditional = normal(1, 2, 3, 700), normal(2, 2, 3, 700)
+    for strength in (0.0, 3.0, 7.3, -1.0, 2):
+        ours = by_sampling.guide(conditional, unconditional, strength)
+        assert torch.equal(ours, sampling.guide(conditional, unconditional, strength))
+
+
+def assert_same_draw(logits: Tensor, uniform: Tensor, **policy: float) -> None:
+    ours = by_sampling.draw(logits, uniform, **policy)
+    theirs = sampling.draw(logits, uniform, **policy)
+    assert ours.tokens.dtype == theirs.tokens.dtype
+    assert torch.equal(ours.tokens, theirs.tokens)
+    torch.testing.assert_close(ours.confidence, theirs.confidence, atol=1e-5, rtol=1e-5)
+
+
+def numbers(count: int) -> Tensor:
+    """Return numbers (1, count) in [0, 1), both ends among them."""
+    chance = torch.rand(1, count, generator=torch.Generator().manual_seed(9))
+    chance[0, 0], chance[0, -1] = 0.0, ALMOST_ONE
+    return chance
+
+
+@pytest.mark.parametrize("size", [64, 1000])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 1000])
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.8, 0.999, 1.0])
+def test_draws_are_the_reference_s(size: int, top_k: int, top_p: float):
+    # From almost flat rows to such as have one token only.
+    sharpness = torch.tensor([0.01, 1.0, 3.0, 100.0]).reshape(1, 4, 1)
+    logits = sharpness * normal(5, 1, 4, size)
+    for temperature in (1.0, 0.7):
+        policy = {"top_k": min(top_k, size), "top_p": top_p, "temperature": temperature}
+        assert_same_draw(logits, numbers(4), **policy)
+
+
+def test_draws_from_the_whole_codebook_are_the_reference_s():
+    logits = 3 * normal(6, 1, 12, 4096)
+    for top_k, top_p in ((0, 0.8), (600, 0.8), (4096, 0.999), (4095, 0.0)):
+        assert_same_draw(logits, numbers(12), top_k=top_k, top_p=top_p)
+
+
+def test_rows_of_any_batch_are_drawn_on_their_own():
+    logits, uniform = 2 * normal(7, 3, 2, 50), torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
+    assert_same_draw(logits, uniform, top_k=7, top_p=0.9)
+
+
+def test_numbers_of_any_size_and_sign_are_in_order():
+    rows = [
+        [1e30, -1e30, 3.0, 2.0, -3.4e38, 3.3e38],
+        [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0],
+        [1e-40, -1e-40, 0.0, -1e-38, 1e-38, -2.0],
+        [5.0, 4.9, 1e-3, -1e-3, -4.9, -5.0],
+    ]
+    logits = torch.tensor([rows])
+    for top_k in (0, 1, 2, 4, 5):
+        for top_p in (0.0, 0.4, 0.9):
+            for number in (0.0, 0.4, ALMOST_ONE):
+                assert_same_draw(logits, torch.full((1, 4), number), top_k=top_k, top_p=top_p)
+
+
+def test_ties_with_the_last_of_top_k_stay():
+    logits = normal(8, 1, 8, 40).round()
+    for top_k in (1, 3, 9):
+        assert_same_draw(logits, numbers(8), top_k=top_k, top_p=0.0)
+    assert_same_draw(torch.full((1, 8, 40), -2.5), numbers(8), top_k=3, top_p=0.0)
+
+
+def test_the_two_zeros_tie():
+    logits = torch.tensor([-1.0, -0.0, 0.0, -2.0]).repeat(1, 2, 1)
+    drawn = by_sampling.draw(logits, torch.tensor([[0.1, 0.9]]), top_k=1, top_p=0.0)
+    assert drawn.tokens.tolist() == [[1, 2]]
+
+
+def test_past_every_token_the_likeliest_is_drawn():
+    assert_same_draw(normal(10, 1, 4, 50), torch.ones(1, 4), top_k=9, top_p=0.9)
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.5, 0.85])
+def test_ties_at_the_border_of_top_p_stay_or_go_together(top_p: float):
+    logits = normal(9, 1, 16, 40).round()
+    chances = logits.double().softmax(dim=-1)
+    # Each token with all that are no likelier: (1, 16, V, V).
+    up_to = (chances.unsqueeze(-2) * (logits.unsqueeze(-2) <= logits.unsqueeze(-1))).sum(dim=-1)
+    kept = chances * (up_to > 1 - top_p)
+    cumulative = (kept / kept.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
+    uniform = numbers(16)
+    tokens = (cumulative <= uniform.double().unsqueeze(-1)).sum(dim=-1)
+    ours = by_sampling.draw(logits, uniform, top_k=0, top_p=top_p)
+    assert torch.equal(ours.tokens, tokens)
+    confidence = (kept / kept.sum(dim=-1, keepdim=True)).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(ours.confidence, confidence.float(), atol=1e-5, rtol=0)
+
+
+def test_rows_that_are_no_numbers_still_give_tokens_of_the_codebook():
+    # Whatever a broken row means: a token outside would stop the GPU for good at its codebook vector.
+    logits = torch.full((1, 3, 50), torch.nan)
+    logits[0, 1] = -torch.inf
+    logits[0, 2] *= -1
+    tokens = by_sampling.draw(logits, torch.tensor([[0.5, 0.5, 0.5]]), top_k=5, top_p=0.5).tokens
+    assert ((tokens >= 0) & (tokens < 50)).all()
+
+
+@pytest.mark.parametrize(
+    ("cross_attention", "kind"), [("paired", "plain"), ("paired", "smooth"), ("independent", "official")]
+)
+def test_whole_pictures_are_the_reference_s(
+    tiny: Callable,
+    ask: Callable,
+    make_schedule: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    cross_attention: str,
+    kind: str,
+):
+    model, schedule = tiny(cross_attention), make_schedule(kind)
+    scales = list(schedule.scales)
+    scales[2] = dataclasses.replace(scales[2], prune=0.3)
+    schedule = dataclasses.replace(schedule, scales=tuple(scales))
+    request = ask([1], schedule, seeds=[PictureSeed(1)])
+    expected = model.run(request)
+    served = []
+    named = kernels._named
+    monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
+    monkeypatch.setattr(kernels, "_named", lambda name: (served.append(name), named(name))[1])
+    steps = model.run(request)
+    assert not kernels.given_up()
+    wanted = {"attention.self_heads", "attention.cross_queries", "sampling.guide"}
+    assert set(served) == (wanted if kind == "smooth" else wanted | {"sampling.draw"})
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(steps, expected, strict=True))
+    served.clear()
+    with references_only():
+        again = model.run(request)
+    assert not served
+    assert all(torch.equal(a.f_hat, b.f_hat) for a, b in zip(again, expected, strict=True))

@@ -1,0 +1,176 @@
+"""The door to the fused kernels: who is served by one, who by the reference, and what happens without Triton.
+
+The kernels themselves are compared with their references in `kernels_interpreted.py`, by Triton's interpreter,
+which has to be chosen before Triton is imported: in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from star_core import kernels
+from star_core.graphs import Tape
+from star_core.kernels import fused, given_up, references_only
+from star_core.sampling import draw
+
+ROOT = Path(__file__).parents[2]
+
+
+@fused("nothing.doubled")
+def doubled(x: Tensor, *, by: str = "reference") -> str:
+    return by
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
+    """Make CPU tensors a kernel's affair, and a given function the only kernel."""
+
+    def install(function: Callable) -> None:
+        monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
+        monkeypatch.setattr(kernels, "_named", lambda name: function)
+        monkeypatch.setattr(kernels, "_given_up", threading.Event())
+
+    return install
+
+
+def test_a_kernel_takes_a_call_on_its_devices_and_no_other(kernel: Callable, monkeypatch: pytest.MonkeyPatch):
+    kernel(lambda x, **options: "kernel")
+    assert doubled(torch.ones(2)) == "kernel"
+    monkeypatch.setattr(kernels, "DEVICES", ("cuda",))
+    assert doubled(torch.ones(2)) == "reference"
+
+
+def test_kernels_can_be_switched_off_for_a_while(kernel: Callable):
+    kernel(lambda x: "kernel")
+    with references_only():
+        with references_only():
+            assert doubled(torch.ones(2)) == "reference"
+        assert doubled(torch.ones(2)) == "reference"
+    assert doubled(torch.ones(2)) == "kernel"
+
+
+def test_gradients_are_the_reference_s_affair(kernel: Callable):
+    kernel(lambda x: "kernel")
+    x = torch.ones(2, requires_grad=True)
+    assert doubled(x) == "reference"
+    with torch.no_grad():
+        assert doubled(x) == "kernel"
+
+
+def test_a_tape_sees_every_operation(kernel: Callable):
+    kernel(lambda x: "kernel")
+    with Tape():
+        assert doubled(torch.ones(2)) == "reference"
+
+
+def test_what_a_kernel_does_not_take_the_reference_does(kernel: Callable):
+    kernel(lambda x: None)
+    assert doubled(torch.ones(2)) == "reference"
+    assert not given_up()
+
+
+def test_a_kernel_that_cannot_be_built_is_given_up_with_one_warning(
+    kernel: Callable, caplog: pytest.LogCaptureFixture
+):
+    calls = []
+
+    def broken(x: Tensor) -> str:
+        calls.append(x)
+        raise RuntimeError("no C compiler")
+
+    kernel(broken)
+    assert [doubled(torch.ones(2)) for _ in range(3)] == ["reference"] * 3
+    assert len(calls) == 1
+    assert given_up()
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1
+    assert "no C compiler" in warned[0]
+
+
+def test_a_lack_of_memory_is_no_reason_to_give_a_kernel_up(kernel: Callable):
+    def hungry(x: Tensor) -> str:
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    kernel(hungry)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        doubled(torch.ones(2))
+    assert not given_up()
+
+
+def test_without_triton_the_references_serve_and_nobody_is_warned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
+    monkeypatch.setattr(kernels, "_given_up", threading.Event())
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "star_core.kernels.sampling", raising=False)
+    kernels._named.cache_clear()
+    drawn = draw(torch.tensor([[[0.0, 9.0]]]), torch.tensor([[0.5]]), top_k=1, top_p=0.0)
+    assert drawn.tokens.tolist() == [[1]]
+    assert given_up()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_the_kernels_compute_what_their_references_do(tmp_path: Path):
+    pytest.importorskip("triton", reason="no Triton here: the kernels are not compared with their references")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x"]
+    done = subprocess.run(
+        [*program, "tests/core/kernels_interpreted.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+HEADS = dict.fromkeys(("qkv", "q_bias", "v_bias", "q_out", "k_out", "v_out", "q"), "*bf16")
+TYPES = {
+    **HEADS,
+    **dict.fromkeys(("log_scale", "cos", "sin"), "*fp32"),
+    **dict.fromkeys(("logits", "uniform", "confidence", "conditional", "unconditional", "guided"), "*fp32"),
+    **dict.fromkeys(("sharpness", "dropped", "towards", "away"), "fp32"),
+    "drawn": "*i64",
+}
+"""What the kernels' arguments are where they are no int32."""
+BUILDS = {
+    "attention._self_heads": {"head_width": 64, "block": 32, "together": 3, "turns_by_row": True},
+    "attention._cross_queries": {"head_width": 64, "block": 32},
+    "sampling._draw": {"block": 4096, "by_count": True, "by_mass": True},
+    "sampling._guide": {"block": 2048},
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_kernels_compile_for_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    # The interpreter runs what no compiler would take; to compile for a GPU, none has to be there.
+    triton = pytest.importorskip("triton", reason="no Triton here: the kernels are not compiled")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = kernels._named(name)
+    options = BUILDS[name]
+    types = {
+        argument: "constexpr" if argument in options else TYPES.get(argument, "i32")
+        for argument in kernel.arg_names
+    }
+    places = {(kernel.arg_names.index(argument),): value for argument, value in options.items()}
+    built = triton.compile(
+        ASTSource(fn=kernel, signature=types, constexprs=places),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 8, "enable_fp_fusion": False},
+    )
+    assert "st.global" in built.asm["ptx"]
