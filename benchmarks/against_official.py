@@ -3,11 +3,15 @@
     STAR_REFERENCE=path/to/STAR-T2I python benchmarks/against_official.py
 
 Every contender is a process of its own (the official builder patches torch for the whole process): `official`
-is the code as its sample.py runs it, `official-autocast` the same with bfloat16 autocast around everything,
-`ours-float32` and `ours-bfloat16` are this engine with weights in that precision, on a GPU also with CUDA
-graphs. They take turns, so that a machine's moods reach all of them. First the pictures of the likeliest tokens
-are compared: where the float32 ones differ, the timings mean nothing and the exit code is 1. Ends in one JSON
-line.
+is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the same with
+bfloat16 autocast around everything, `ours-float32` and `ours-bfloat16` are this engine with weights in that
+precision, on a GPU also with CUDA graphs. They take turns, so that a machine's moods reach all of them. At the
+end the pictures of the likeliest tokens are compared: where the float32 ones differ, the timings mean nothing
+and the exit code is 1 (a position where two tokens are equally likely is enough: see the share of equal
+pixels). Prints what it has as one JSON line after every round.
+
+On a CPU this engine loads its weights from files, as a user's process does. On a GPU, which is paid by the
+second, they are made there, only the float32 pictures are compared, and meanwhile the next size is built.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +37,10 @@ from workbench import (
     ROOT,
     SIZES,
     Peak,
+    build_star,
     build_text_model,
     config_of,
+    give_back,
     machine,
     middle,
     randomise,
@@ -47,7 +53,7 @@ from workbench import (
 
 from star_core.config import StarConfig, token_count
 from star_core.schedule import ScalePolicy, ScaleSchedule, ramp
-from star_core.star import Options, load
+from star_core.star import Options, Star, load
 
 GUIDANCE = 4.0
 TOP_K, TOP_P = 4096, 0.8
@@ -56,6 +62,7 @@ GRAPHS = "-graphs"
 ON_A_GPU = (*CONTENDERS, "ours-bfloat16" + GRAPHS)
 TOLERANCE = 1e-3
 """Between two float32 pictures in [0, 1] of the same tokens."""
+COMPARED_ON_A_GPU = ("official", "ours-float32")
 BYTES_PER_PARAMETER = 4
 PATIENCE_FLOP = 30e12
 """What a CPU is asked for at most per picture, some five minutes on a few cores."""
@@ -92,6 +99,8 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
     for module in (vae, var):
         randomise(module, lambda name: name, seed=seed, dtype=torch.float32, device=device)
         module.to(device)
+    # As sample.py has it: autocast keeps the halves of those weights alone that want gradients, for a picture.
+    var.requires_grad_(True)
 
     def precision() -> AbstractContextManager[Any]:
         if autocast:
@@ -100,6 +109,7 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
         return torch.autocast("cuda", dtype=torch.float16) if device.type == "cuda" else nullcontext()
 
     @torch.no_grad()
+    @torch.inference_mode()
     def draw(prompt: str, picture_seed: int, likeliest: bool) -> Tensor:
         # extract_text_features of models/text_encoder.py, prompt and empty prompt at once, every time.
         inputs = words([prompt, ""], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
@@ -130,16 +140,15 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
 def our_drawer(
     config: StarConfig, seed: int, device: torch.device, dtype: torch.dtype, *, graphs: bool
 ) -> Drawer:
-    """Load our model with the benchmark's weights, from files in this precision as a user has them."""
-    with tempfile.TemporaryDirectory() as folder:
-        # In a process of its own: what making random weights leaves behind is not this contender's.
-        writer = multiprocessing.get_context("spawn").Process(
-            target=write_model, args=(config, seed, dtype, Path(folder))
-        )
-        writer.start()
-        writer.join()
-        # The files stay mapped until the process ends, whatever happens to their names.
-        star = load(Path(folder), dtype=dtype, text_dtype=dtype, device=device, graphs=graphs)
+    """Return our model with the benchmark's weights: from files in this precision as a user has them.
+
+    On a GPU they are drawn there: nothing of the files stays behind once a model is loaded.
+    """
+    star = (
+        build_star(config, seed, dtype, device, graphs=graphs)
+        if device.type == "cuda"
+        else star_from_files(config, seed, device, dtype)
+    )
     policies = tuple(ScalePolicy(top_k=1, top_p=TOP_P, guidance=t) for t in ramp(GUIDANCE, len(config.maps)))
     likeliest_schedule = ScaleSchedule(policies, GUIDANCE, maps=config.maps)
 
@@ -148,6 +157,19 @@ def our_drawer(
         return star.draw([prompt], options=Options(seed=picture_seed, schedule=schedule))
 
     return draw
+
+
+def star_from_files(config: StarConfig, seed: int, device: torch.device, dtype: torch.dtype) -> Star:
+    """Write the random model and load it."""
+    with tempfile.TemporaryDirectory() as folder:
+        # In a process of its own: what making random weights leaves behind is not this contender's.
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_model, args=(config, seed, dtype, Path(folder))
+        )
+        writer.start()
+        writer.join()
+        # The files stay mapped until the process ends, whatever happens to their names.
+        return load(Path(folder), dtype=dtype, text_dtype=dtype, device=device)
 
 
 def build(contender: str, config: StarConfig, seed: int, device: torch.device) -> Drawer:
@@ -164,6 +186,7 @@ def serve(arguments: argparse.Namespace) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the official code prints
     torch.set_num_threads(arguments.threads)
     draw = build(arguments.worker, config_of(arguments.size), arguments.seed, device)
+    give_back(device)
     peak = Peak(device, graphs=arguments.worker.endswith(GRAPHS))
     answers.write(json.dumps(machine(device)) + "\n")
     answers.flush()
@@ -171,14 +194,27 @@ def serve(arguments: argparse.Namespace) -> None:
         order = json.loads(line)
         peak.reset()
         settle(device)
-        began = time.perf_counter()
-        picture = draw(order["prompt"], order["seed"], order["likeliest"])
-        settle(device)
-        seconds = time.perf_counter() - began
-        if order["keep"]:
+        with exact_convolutions() if order["likeliest"] else nullcontext():
+            began = time.perf_counter()
+            picture = draw(order["prompt"], order["seed"], order["likeliest"])
+            settle(device)
+            seconds = time.perf_counter() - began
+        if order["likeliest"]:
             torch.save(picture.float().cpu(), order["keep"])
+            give_back(device)  # float32 throughout takes the most, and the others follow
         answers.write(json.dumps({"seconds": seconds, "peak": peak.read()}) + "\n")
         answers.flush()
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Keep cuDNN from rounding float32 to 10 bits, as it does unasked: tokens are compared."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 # The referee
@@ -189,7 +225,7 @@ class Contender:
 
     def __init__(self, name: str, size: str, arguments: argparse.Namespace, folder: Path) -> None:
         self.name = name
-        self._folder = folder
+        self._kept = folder / f"{size}-{name}.pt"
         command = [sys.executable, __file__, "--worker", name, "--size", size]
         command += ["--device", arguments.device, "--threads", str(arguments.threads)]
         command += ["--seed", str(arguments.seed)]
@@ -213,19 +249,28 @@ class Contender:
             raise RuntimeError(f"{self.name} ended: {self._log.read_text()[-2000:]}")
         return dict(json.loads(line))
 
-    def draw(self, seed: int, *, likeliest: bool = False) -> tuple[dict[str, Any], Tensor]:
-        """Return seconds and peak bytes, and the picture."""
-        kept = self._folder / f"{self.name}.pt"
-        order = {"prompt": PROMPT, "seed": seed, "likeliest": likeliest, "keep": str(kept)}
+    def draw(self, seed: int) -> dict[str, Any]:
+        """Return seconds and peak bytes of a picture."""
+        return self._order(seed, likeliest=False)
+
+    def draw_likeliest(self) -> Tensor:
+        """Return the picture of the likeliest tokens."""
+        self._order(0, likeliest=True)
+        picture: Tensor = torch.load(self._kept, weights_only=True)
+        return picture
+
+    def _order(self, seed: int, *, likeliest: bool) -> dict[str, Any]:
+        order = {"prompt": PROMPT, "seed": seed, "likeliest": likeliest, "keep": str(self._kept)}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        return self._answer(), torch.load(kept, weights_only=True)
+        return self._answer()
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
+        if not self._process.stdin.closed:
+            self._process.stdin.close()
+            self._process.wait(timeout=60)
 
 
 def flop_of(config: StarConfig) -> float:
@@ -259,43 +304,78 @@ def too_large(config: StarConfig, device: torch.device) -> str | None:
     return None
 
 
-def compare(size: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Let all contenders draw one size in turn; return what was measured."""
-    names = ON_A_GPU if torch.device(arguments.device).type == "cuda" else CONTENDERS
-    contenders = [Contender(name, size, arguments, folder) for name in names]
-    try:
-        for contender in contenders:  # they are built side by side
+class Contenders:
+    """All contenders of one size, built side by side from the moment on that this is made."""
+
+    def __init__(self, size: str, arguments: argparse.Namespace, folder: Path) -> None:
+        self.size = size
+        self._on_a_gpu = torch.device(arguments.device).type == "cuda"
+        names = ON_A_GPU if self._on_a_gpu else CONTENDERS
+        self.all = [Contender(name, size, arguments, folder) for name in names]
+
+    def wait_until_built(self) -> None:
+        for contender in self.all:
             contender.wait_until_built()
-        likeliest = {c.name: c.draw(0, likeliest=True) for c in contenders}
-        cold = {name: round(answer["seconds"], 3) for name, (answer, _) in likeliest.items()}
-        reference = likeliest["official"][1]
-        differences = {
-            name: float((picture - reference).abs().max())
-            for name, (_, picture) in likeliest.items()
-            if name != "official"
-        }
-        for contender in contenders:
-            if contender.name.endswith(GRAPHS):  # recorded once with the released schedule, not timed
-                contender.draw(0)
-        runs: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders}
-        for turn in range(arguments.rounds):
-            for contender in contenders:
-                runs[contender.name].append(contender.draw(1 + turn)[0])
-    finally:
-        for contender in contenders:
+
+    def keep_compared(self) -> None:
+        """Close those whose pictures are not compared: on a GPU the next ones need their memory."""
+        kept = COMPARED_ON_A_GPU if self._on_a_gpu else CONTENDERS
+        for contender in self.all:
+            if contender.name not in kept:
+                contender.close()
+        self.all = [contender for contender in self.all if contender.name in kept]
+
+    def close(self) -> None:
+        for contender in self.all:
             contender.close()
-    warm = {name: middle([run["seconds"] for run in some]) for name, some in runs.items()}
+
+
+def compare(
+    contenders: Contenders, rounds: int, after_timing: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, Any]]:
+    """Let all contenders draw in turn; yield what is measured so far, the timings first; close them."""
+    try:
+        contenders.wait_until_built()
+        facts = {"size": contenders.size, "machine": contenders.all[0].machine}
+        cold = {c.name: round(c.draw(0)["seconds"], 3) for c in contenders.all}
+        runs: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders.all}
+        for turn in range(rounds):
+            for contender in contenders.all:
+                runs[contender.name].append(contender.draw(1 + turn))
+            timed = {**facts, "cold_seconds": cold, **timings(runs), "agree": None}
+            yield timed
+        contenders.keep_compared()
+        after_timing()
+        pictures = {c.name: c.draw_likeliest() for c in contenders.all}
+    finally:
+        contenders.close()
+    yield {**timed, **agreement(pictures)}
+
+
+def timings(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return medians, peaks and ratios of the rounds so far."""
     peaks = {name: max(run["peak"] for run in some) for name, some in runs.items()}
     return {
-        "size": size,
-        "machine": contenders[0].machine,
-        "cold_seconds": cold,
-        "warm_seconds": warm,
+        "warm_seconds": {name: middle([run["seconds"] for run in some]) for name, some in runs.items()},
         "all_seconds": {name: [round(run["seconds"], 3) for run in some] for name, some in runs.items()},
         "peak_gib": {name: round(peak / GIB, 2) for name, peak in peaks.items()},
         "ratios": ratios(runs, peaks),
-        "greedy_picture_difference": {name: round(d, 6) for name, d in differences.items()},
-        "agree": differences["ours-float32"] <= TOLERANCE,
+    }
+
+
+def agreement(pictures: dict[str, Tensor]) -> dict[str, Any]:
+    """Return how far the pictures of the likeliest tokens are from the official ones."""
+    distances = {
+        name: (picture - pictures["official"]).abs().amax(dim=1)
+        for name, picture in pictures.items()
+        if name != "official"
+    }
+    return {
+        "greedy_picture_difference": {name: round(float(d.max()), 6) for name, d in distances.items()},
+        "greedy_equal_pixels": {
+            name: round(float((d <= TOLERANCE).float().mean()), 4) for name, d in distances.items()
+        },
+        "agree": bool(distances["ours-float32"].max() <= TOLERANCE),
     }
 
 
@@ -319,7 +399,7 @@ def ratios(runs: dict[str, list[dict[str, Any]]], peaks: dict[str, int]) -> dict
 def lines(result: dict[str, Any]) -> Iterator[str]:
     rows = [["", "cold s", "warm s", "peak GiB", "greedy picture differs by"]]
     for name in result["warm_seconds"]:
-        difference = result["greedy_picture_difference"].get(name)
+        difference = result.get("greedy_picture_difference", {}).get(name)
         rows.append(
             [
                 name,
@@ -350,17 +430,38 @@ def main() -> int:
     if arguments.worker:
         serve(arguments)
         return 0
-    results, left_out = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        for size in arguments.sizes:
-            if reason := too_large(config_of(size), torch.device(arguments.device)):
-                left_out[size] = reason
-                print(f"{size}: left out, it needs {reason}", file=sys.stderr)
-                continue
-            result = compare(size, arguments, Path(folder))
+    return referee(arguments)
+
+
+def referee(arguments: argparse.Namespace) -> int:
+    """Compare size after size; return 0 where all float32 pictures agree."""
+    device = torch.device(arguments.device)
+    reasons = {size: too_large(config_of(size), device) for size in arguments.sizes}
+    left_out = {size: reason for size, reason in reasons.items() if reason}
+    for size, reason in left_out.items():
+        print(f"{size}: left out, it needs {reason}", file=sys.stderr)
+    sizes = [size for size in arguments.sizes if size not in left_out]
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+        built: dict[str, Contenders] = {}
+
+        def start(size: str) -> Contenders:
+            if size not in built:
+                built[size] = Contenders(size, arguments, Path(folder))
+                opened.callback(built[size].close)
+            return built[size]
+
+        for size, following in zip(sizes, [*sizes[1:], None], strict=True):
+
+            def build_ahead(following: str | None = following) -> None:
+                if following is not None and device.type == "cuda":
+                    start(following)
+
+            for result in compare(start(size), arguments.rounds, build_ahead):
+                so_far = [*results, result]
+                report({"benchmark": "against_official", "results": so_far, "left_out": left_out})
             print("\n".join(lines(result)), file=sys.stderr)
             results.append(result)
-            report({"benchmark": "against_official", "results": results, "left_out": left_out})
     report({"benchmark": "against_official", "results": results, "left_out": left_out})
     return 0 if all(result["agree"] for result in results) else 1
 

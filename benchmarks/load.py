@@ -7,7 +7,8 @@ reads every file from front to back into one buffer; `load` loads the model; `fi
 prompt and draws the first scale. Each with the files in the system's cache (warm), and after asking the
 system to forget them (cold). Imports are not counted. A loaded model is mapped, not read: what it puts off is
 in the first token. Peak memory is the process's, beside the size of the files: two copies of the weights
-would show. Ends in one JSON line.
+would show; on a GPU, reading apart, it is that of its tensors. Prints what it has as one JSON line after every
+state.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +84,14 @@ def read_bytes(folder: Path) -> None:
 
 def work(arguments: argparse.Namespace) -> None:
     """Do one way once; print seconds and peak memory."""
-    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
-
     device, folder = torch.device(arguments.device), Path(arguments.folder)
     torch.set_num_threads(arguments.threads)
-    if device.type == "cuda":
-        torch.zeros(1, device=device)
-    peak = Peak(device)
+    if arguments.way != "bytes":
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+        if device.type == "cuda":
+            torch.zeros(1, device=device)
+    peak = Peak(torch.device("cpu") if arguments.way == "bytes" else device)
     peak.reset()
     began = time.perf_counter()
     if arguments.way == "bytes":
@@ -98,7 +101,8 @@ def work(arguments: argparse.Namespace) -> None:
         star = load(folder, dtype=dtype, text_dtype=dtype, device=device)
         if arguments.way == "first token":
             next(star.generate([PROMPT], options=Options(seed=1)))
-    settle(device)
+    if arguments.way != "bytes":
+        settle(device)
     print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak.read()}))
 
 
@@ -111,12 +115,37 @@ def run_once(way: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return medians and peaks of every way and state, and medians of the rounds' ratios to reading."""
+    found = {name: runs for name, runs in found.items() if runs}
+    return {
+        "seconds": {name: middle([run["seconds"] for run in runs]) for name, runs in found.items()},
+        "peak_gib": {name: round(max(run["peak"] for run in runs) / GIB, 3) for name, runs in found.items()},
+        "against_reading": {
+            name: middle(
+                [a["seconds"] / b["seconds"] for a, b in zip(found[name], found[base], strict=True)], digits=2
+            )
+            for name in found
+            if (base := f"bytes, {name.rsplit(', ', 1)[1]}") != name
+        },
+    }
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    rows = [["", "s", "of reading", "peak GiB"]]
+    for name, seconds in result["seconds"].items():
+        ratio = result["against_reading"].get(name, "")
+        rows.append([name, f"{seconds:.3f}", str(ratio), f"{result['peak_gib'][name]:.2f}"])
+    yield f"{result['size']}, {result['files_gib']:.2f} GiB of files"
+    yield from table(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
-    parser.add_argument("--size", choices=SIZES, default="d30-1024" if cuda else "d16-256")
+    parser.add_argument("--size", choices=SIZES, default="d30-256" if cuda else "d16-256")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1 if cuda else 3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
@@ -125,12 +154,20 @@ def main() -> int:
     if arguments.way:
         work(arguments)
         return 0
+    device = torch.device(arguments.device)
     found: dict[str, list[dict[str, Any]]] = {f"{way}, {state}": [] for way in WAYS for state in STATES}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(config_of(arguments.size), 0, getattr(torch, arguments.dtype), folder)
+        write_model(config_of(arguments.size), 0, getattr(torch, arguments.dtype), folder, device)
         states = STATES if can_forget(folder) else STATES[:1]
         size = sum(path.stat().st_size for path in weight_files(folder))
+        facts = {
+            "benchmark": "load",
+            "machine": machine(device),
+            "size": arguments.size,
+            "dtype": arguments.dtype,
+            "files_gib": round(size / GIB, 3),
+        }
         run_once("bytes", arguments, folder)
         for _ in range(arguments.rounds):
             for state in states:
@@ -138,33 +175,9 @@ def main() -> int:
                     if state == "cold":
                         forget(folder)
                     found[f"{way}, {state}"].append(run_once(way, arguments, folder))
-    found = {name: runs for name, runs in found.items() if runs}
-    seconds = {name: middle([run["seconds"] for run in runs]) for name, runs in found.items()}
-    peaks = {name: max(run["peak"] for run in runs) for name, runs in found.items()}
-    ratios = {
-        name: middle(
-            [a["seconds"] / b["seconds"] for a, b in zip(found[name], found[base], strict=True)], digits=2
-        )
-        for name in found
-        if (base := f"bytes, {name.rsplit(', ', 1)[1]}") != name
-    }
-    rows = [["", "s", "of reading", "peak GiB"]]
-    rows += [
-        [name, f"{seconds[name]:.3f}", str(ratios.get(name, "")), f"{peaks[name] / GIB:.2f}"] for name in found
-    ]
-    print("\n".join([f"{arguments.size}, {size / GIB:.2f} GiB of files", *table(rows)]), file=sys.stderr)
-    report(
-        {
-            "benchmark": "load",
-            "machine": machine(torch.device(arguments.device)),
-            "size": arguments.size,
-            "dtype": arguments.dtype,
-            "files_gib": round(size / GIB, 3),
-            "seconds": seconds,
-            "peak_gib": {name: round(peak / GIB, 3) for name, peak in peaks.items()},
-            "against_reading": ratios,
-        }
-    )
+                result = {**facts, **summary(found)}
+                report(result)
+    print("\n".join(lines(result)), file=sys.stderr)
     return 0
 
 

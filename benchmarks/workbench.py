@@ -1,12 +1,14 @@
 """What the benchmarks share: random models of the released sizes, the machine's name, peak memory.
 
 Speed does not depend on what the weights say, so that no download is needed: every tensor follows from its
-official name and a seed, and whoever fills the official modules by the same rule has the same model.
+official name and a seed, and whoever fills the official modules by the same rule has the same model. A GPU
+draws its own, two billion in a moment: other numbers than the CPU's, equal on all GPUs of one kind.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import platform
@@ -62,10 +64,15 @@ def config_of(size: str) -> StarConfig:
     return PRESETS[SIZES[size]]
 
 
-def value(official: str, shape: Sequence[int], seed: int) -> Tensor:
-    """Return the parameter with this official name: unit activations, and tokens that differ."""
-    generator = torch.Generator().manual_seed(zlib.crc32(official.encode()) + seed)
-    x = torch.empty(tuple(shape)).normal_(generator=generator)
+def value(official: str, shape: Sequence[int], seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the parameter with this official name, float32: unit activations, and tokens that differ.
+
+    Drawn where it is to be on a GPU, on the CPU for every other device. A generator per name: neither order
+    nor selection of the parameters matters.
+    """
+    place = torch.device(device) if torch.device(device).type == "cuda" else torch.device("cpu")
+    generator = torch.Generator(place).manual_seed(zlib.crc32(official.encode()) + seed)
+    x = torch.empty(tuple(shape), device=place).normal_(generator=generator)
     if official.endswith("scale_mul_1H11"):
         return x.mul_(0.3).add_(1.4)
     if x.ndim <= 1:
@@ -85,13 +92,13 @@ def randomise(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
-    """Give every parameter of a module on meta its value, one at a time: never two copies of a model."""
+    """Give every parameter of a module its value on a device, one at a time: never two copies of a model."""
     for path, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
             official = official_name(f"{path}.{name}" if path else name)
             assert official is not None, f"no official name for {path}.{name}"
             kept = torch.float32 if name.endswith(("log_scale", "scale_mul_1H11")) else dtype
-            filled = value(official, parameter.shape, seed).to(device=device, dtype=kept)
+            filled = value(official, parameter.shape, seed, device).to(device=device, dtype=kept)
             setattr(owner, name, nn.Parameter(filled, requires_grad=False))
 
 
@@ -122,13 +129,18 @@ def build_vqvae(config: StarConfig, seed: int, dtype: torch.dtype, device: torch
     return vqvae.eval()
 
 
-def write_model(config: StarConfig, seed: int, dtype: torch.dtype, folder: Path) -> None:
-    """Write the random model as a user has a converted one: three files and the tokenizer's folder."""
-    save_networks(folder / STAR_FILE, config, build_networks(config, seed, dtype, "cpu"))
-    save_vqvae(folder / VQVAE_FILE, build_vqvae(config, seed, dtype, "cpu"))
+def write_model(
+    config: StarConfig, seed: int, dtype: torch.dtype, folder: Path, device: torch.device | str = "cpu"
+) -> None:
+    """Write the random model as a user has a converted one: three files and the tokenizer's folder.
+
+    device draws the weights.
+    """
+    save_networks(folder / STAR_FILE, config, build_networks(config, seed, dtype, device))
+    save_vqvae(folder / VQVAE_FILE, build_vqvae(config, seed, dtype, device))
     text = folder / "text_encoder"
     text.mkdir()
-    model = build_text_model(seed, dtype, "cpu")
+    model = build_text_model(seed, dtype, device)
     state = {
         f"text_model.{name.removeprefix('text_model.')}": tensor.contiguous()
         for name, tensor in model.state_dict().items()
@@ -210,6 +222,13 @@ def settle(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def give_back(device: torch.device) -> None:
+    """Have a GPU's allocator return what no tensor uses, so that it counts for nobody's peak."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def middle(numbers: Sequence[float], digits: int = 4) -> float:

@@ -84,6 +84,12 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--low-memory", action="store_true", help="decode in strips: the same picture, less memory, slower"
     )
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="on a GPU: take no more; weights without room are copied when needed (same picture, slower)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

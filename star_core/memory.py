@@ -18,12 +18,11 @@ DECODER_COPIES = 6
 def drawing_bytes(
     config: TransformerConfig, maps: Sequence[TokenMap], pictures: int, *, guided: bool, itemsize: int
 ) -> int:
-    """Return the KV cache, plus what the largest scale's pass and its logits take."""
+    """Return the KV cache, which the last scale does not enter, plus what its pass and its logits take."""
     rows = pictures * (2 if guided else 1)
     largest = max(height * width for height, width in maps)
-    cached = token_count(maps)
-    cache = 2 * config.depth * rows * cached * config.width * itemsize
-    block = (BLOCK_COPIES * largest + 2 * cached) * rows * config.width * itemsize
+    cache = 2 * config.depth * rows * token_count(maps[:-1]) * config.width * itemsize
+    block = (BLOCK_COPIES * largest + 2 * token_count(maps)) * rows * config.width * itemsize
     logits = LOGIT_COPIES * rows * largest * config.codebook_size * FLOAT32
     return cache + block + logits
 

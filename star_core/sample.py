@@ -182,6 +182,7 @@ def load_for(args: argparse.Namespace) -> Star:
         device=pick_device(args.device),
         int8=args.int8,
         graphs=args.graphs,
+        gpu_memory=None if args.gpu_memory is None else int(args.gpu_memory * 1e9),
     )
 
 
@@ -208,7 +209,7 @@ def _draw_batch(star: Star, plan: SamplePlan, jobs: Sequence[Job]) -> Iterator[P
     )
     request = star.request([job.prompt for job in jobs], plan.negative, options)
     steps = list(_with_bar(star.run(request), len(request.maps), plan.quiet))
-    images = to_images(star.decode(steps[-1].f_hat, sliced=plan.arguments.low_memory))
+    images = to_images(star.decode(steps[-1].f_hat, sliced=plan.arguments.low_memory or None))
     text = request.schedule.to_text()
     height, width = images[0].height, images[0].width
     for job, image in zip(jobs, images, strict=True):
@@ -227,7 +228,9 @@ def _draw_batch(star: Star, plan: SamplePlan, jobs: Sequence[Job]) -> Iterator[P
         save_png(image, job.path, recipe)
         yield job.path
     if plan.strip:
-        stages = [to_images(star.decode(step.f_hat, sliced=plan.arguments.low_memory)) for step in steps]
+        stages = [
+            to_images(star.decode(step.f_hat, sliced=plan.arguments.low_memory or None)) for step in steps
+        ]
         for row, job in enumerate(jobs):
             path = job.path.with_name(f"{job.path.stem}-scales.png")
             strip([stage[row] for stage in stages]).save(path)

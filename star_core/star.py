@@ -6,6 +6,7 @@ follow each other, so that picture i of a prompt is row prompt * count + i.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from .presets import read_schedule
 from .request import KeptTokens, PromptSpan, Request, ScaleStep
 from .sampling import PictureSeed
 from .schedule import ScaleSchedule
+from .streaming import Parts, visiting
 from .text_encoder import TextEncoder, TextStates, load_text_encoder
 from .transformer import Transformer
 from .vqvae import VQVAE
@@ -72,6 +74,7 @@ class Star:
 
     graphs: scales are recorded as CUDA graphs, and repeated for later pictures of the same size, schedule and
     batch; the memory of the last such shape stays held. Raises ValueError for another device.
+    short_of_memory: the text encoder is on the device only while it reads, and pictures are decoded in strips.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Star:
         device: torch.device,
         *,
         graphs: bool = False,
+        short_of_memory: bool = False,
     ) -> None:
         if graphs and device.type != "cuda":
             raise ValueError(f"graphs are CUDA's, this model is on {device}: leave them out, or use a GPU")
@@ -98,12 +102,14 @@ class Star:
         self.vqvae = vqvae
         self.text_encoder = text_encoder
         self.device = device
+        self.short_of_memory = short_of_memory
         self.replays: Replays[Canvas] | None = Replays() if graphs else None
         self._empty: TextStates | None = None
 
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
         """Return the text states of N prompts: hidden (N, T, D), mask (N, T), pooled (N, D)."""
-        return self.text_encoder.encode(prompts)
+        with visiting(self.text_encoder, self.device) if self.short_of_memory else contextlib.nullcontext():
+            return self.text_encoder.encode(prompts)
 
     def maps(self, size: tuple[int, int] | None) -> tuple[TokenMap, ...]:
         """Return the token maps of a size (height, width) in pixels, the trained ones for None."""
@@ -183,11 +189,12 @@ class Star:
         *_, last = self.generate(prompts, negative, options)
         return self.decode(last.f_hat)
 
-    def decode(self, f_hat: Tensor, *, sliced: bool = False) -> Tensor:
+    def decode(self, f_hat: Tensor, *, sliced: bool | None = None) -> Tensor:
         """Return the pictures (B, 3, H, W) in [0, 1] of f_hat (B, D, h, w), of any scale's step.
 
-        sliced: in strips: the same pictures in less memory, and later.
+        sliced: in strips: the same pictures in less memory, and later. None: as the model's memory asks for.
         """
+        sliced = self.short_of_memory if sliced is None else sliced
         return self.vqvae.pictures(f_hat.to(self.device), sliced=sliced)
 
     def encode_image(self, pictures: Tensor) -> tuple[ScaleStep, ...]:
@@ -270,6 +277,7 @@ def load(
     text_dtype: torch.dtype = torch.float32,
     int8: bool = False,
     graphs: bool = False,
+    gpu_memory: int | None = None,
 ) -> Star:
     """Load a model: a folder with star.safetensors, vqvae.safetensors and text_encoder/, a single
     transformer file beside such files, or the shipped model (None).
@@ -278,25 +286,39 @@ def load(
     file does not say what it is. dtype is that of weights and activations, text_dtype the text encoder's. int8
     keeps the weights of transformer and causal sampler in 8 bits, a fast mode that changes the picture.
     graphs repeats scales as CUDA graphs, over texts of full length: other rounding, so that in half precision
-    a token may change where two are about as likely.
+    a token may change where two are about as likely. gpu_memory: draw a picture of the trained size within so
+    many bytes of a GPU, beside the half gigabyte that CUDA keeps for itself: weights that find no room lie in
+    the host's memory and are copied when they are needed (`streaming`). The same pictures, later.
     Raises ValueError naming file, key and remedy.
     """
     files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)
     device = torch.device(device)
-    config, networks = load_networks(files.star, preset_name=preset, dtype=dtype, device=device, int8=int8)
+    if gpu_memory is not None and (device.type != "cuda" or graphs or int8):
+        raise ValueError(
+            f"gpu_memory is for a GPU, without graphs and int8 (device {device}, graphs {graphs}, int8 {int8}):"
+            " leave it out, or them"
+        )
+    place = device if gpu_memory is None else torch.device("cpu")
+    config, networks = load_networks(files.star, preset_name=preset, dtype=dtype, device=place, int8=int8)
+    picture_network = load_vqvae(files.vqvae, config.vqvae, dtype=dtype, device=device)
+    encoder = load_text_encoder(
+        files.text_encoder,
+        tokenizer=Path(tokenizer) if tokenizer is not None else None,
+        dtype=text_dtype,
+        device=place,
+    )
+    if gpu_memory is not None:
+        parts = Parts(config, networks.transformer, networks.causal_sampler, picture_network, encoder)
+        parts.fit_into(gpu_memory, device)
     return Star(
         config,
         networks.transformer,
         networks.causal_sampler,
-        load_vqvae(files.vqvae, config.vqvae, dtype=dtype, device=device),
-        load_text_encoder(
-            files.text_encoder,
-            tokenizer=Path(tokenizer) if tokenizer is not None else None,
-            dtype=text_dtype,
-            device=device,
-        ),
+        picture_network,
+        encoder,
         device,
         graphs=graphs,
+        short_of_memory=gpu_memory is not None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import against_official  # noqa: E402
 import everything  # noqa: E402
 import fast_modes  # noqa: E402
 import load as load_benchmark  # noqa: E402
+import low_memory  # noqa: E402
 import scaling  # noqa: E402
 import workbench  # noqa: E402
 
@@ -33,6 +35,8 @@ def test_random_weights_depend_on_name_and_seed_alone():
     assert not torch.equal(one, workbench.value("blocks.1.attn.proj.weight", (8, 4), 0))
     assert not torch.equal(one, workbench.value("blocks.0.attn.proj.weight", (8, 4), 1))
     assert workbench.value("blocks.0.norm.weight", (1000,), 0).mean() > 0.9
+    # A device that is no GPU gets the CPU's numbers, moved.
+    assert torch.equal(one, workbench.value("blocks.0.attn.proj.weight", (8, 4), 0, "meta"))
 
 
 def test_both_engines_get_the_same_weights_by_the_official_names(tiny):
@@ -106,6 +110,77 @@ def test_ratios_compare_rounds_with_each_other():
     assert found["ours-bfloat16 peak of official's"] == 0.25
 
 
+def test_timings_are_there_after_the_first_round_already():
+    runs = {
+        name: [{"seconds": s, "peak": 2**30}]
+        for name, s in zip(against_official.CONTENDERS, (8, 4, 6, 2), strict=True)
+    }
+    found = against_official.timings(runs)
+    assert found["warm_seconds"]["official"] == 8
+    assert found["peak_gib"]["ours-bfloat16"] == 1
+    result = {"size": "d16-256", "machine": {}, "cold_seconds": found["warm_seconds"], **found}
+    assert "ours-bfloat16 is faster than official by 4" in "\n".join(against_official.lines(result))
+
+
+def test_pictures_agree_by_their_largest_difference_and_say_how_much_is_equal():
+    official = torch.zeros(1, 3, 10, 10)
+    near, far = official + 1e-4, official.clone()
+    far[..., 0, 0] = 0.5
+    found = against_official.agreement({"official": official, "ours-float32": near, "ours-bfloat16": far})
+    assert found["agree"]
+    assert found["greedy_equal_pixels"] == {"ours-float32": 1.0, "ours-bfloat16": 0.99}
+    assert found["greedy_picture_difference"]["ours-bfloat16"] == 0.5
+    assert not against_official.agreement({"official": official, "ours-float32": far})["agree"]
+
+
+def test_convolutions_are_exact_only_where_pictures_are_compared():
+    before = torch.backends.cudnn.allow_tf32
+    with against_official.exact_convolutions():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_loading_is_summed_up_round_by_round():
+    found = {
+        "bytes, warm": [{"seconds": 2, "peak": 2**30}] * 2,
+        "load, warm": [{"seconds": 1, "peak": 2**31}] * 2,
+        "bytes, cold": [],
+        "load, cold": [],
+    }
+    result = load_benchmark.summary(found)
+    assert result["against_reading"] == {"load, warm": 0.5}
+    assert result["peak_gib"] == {"bytes, warm": 1, "load, warm": 2}
+    text = "\n".join(load_benchmark.lines({"size": "d16-256", "files_gib": 1.0, **result}))
+    assert "load, warm" in text
+
+
+def test_a_squeezed_model_draws_the_same_picture():
+    with_room, both = low_memory.compare(load(), None, 1, CPU)
+    assert set(with_room) == {"with_room"}
+    assert both["largest_difference"] == {"f_hat": 0, "picture": 0}
+    assert both["within_cap"]["streamed_blocks"] > 0
+    assert both["within_cap"]["streamed_gb_per_picture"] > 0
+    assert not both["raised"]
+    assert "within_cap" in "\n".join(low_memory.lines(both))
+    json.dumps(both)
+
+
+def test_a_cap_that_is_too_small_is_raised_until_it_is_not(monkeypatch: pytest.MonkeyPatch):
+    original, failures = low_memory.time_pictures, [0]
+
+    def fails_twice(star: object, rounds: int, device: torch.device) -> dict:
+        failures[0] += star.short_of_memory
+        if star.short_of_memory and failures[0] < 3:
+            raise torch.OutOfMemoryError("full")
+        return original(star, rounds, device)
+
+    monkeypatch.setattr(low_memory, "time_pictures", fails_twice)
+    *_, both = low_memory.compare(load(), None, 1, CPU)
+    first, second = both["raised"]
+    assert second["cap_gb"] - first["cap_gb"] == pytest.approx(0.5)
+    assert both["largest_difference"]["picture"] == 0
+
+
 def test_reading_reads_every_weight_file(tmp_path: Path):
     (tmp_path / "text_encoder").mkdir()
     for name in ("star.safetensors", "text_encoder/model.safetensors"):
@@ -120,16 +195,43 @@ def test_reading_reads_every_weight_file(tmp_path: Path):
 
 def test_a_benchmark_that_cannot_run_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("STAR_REFERENCE", raising=False)
-    assert "STAR_REFERENCE" in everything.run("against_official", 60)["left_out"]
-    assert everything.run("load", 0) == {"left_out": "no time was left"}
-    assert everything.run("scaling", 0.2) == {"left_out": "not done within 0 s"}
+    official, load_, scaling_ = (everything.Benchmark(n) for n in ("against_official", "load", "scaling"))
+    assert "STAR_REFERENCE" in everything.run(official, 60)["left_out"]
+    assert everything.run(load_, 0) == {"left_out": "no time was left"}
+    assert everything.run(scaling_, 0.2) == {"left_out": "not done within 0 s"}
     monkeypatch.setattr(everything, "HERE", tmp_path)
     (tmp_path / "load.py").write_text("print('noise'); print('{\"a\": 1}'); raise SystemExit(1)")
-    assert everything.run("load", 60) == {"a": 1, "exit_code": 1}
+    assert everything.run(load_, 60) == {"a": 1, "exit_code": 1}
     (tmp_path / "load.py").write_text("print('{\"a\": 2}', flush=True); import time; time.sleep(60)")
-    assert everything.run("load", 5) == {"a": 2, "unfinished": True}
+    assert everything.run(load_, 5) == {"a": 2, "unfinished": True}
     (tmp_path / "scaling.py").write_text("raise SystemExit(3)")
-    assert "exit code 3" in everything.run("scaling", 60)["left_out"]
+    assert "exit code 3" in everything.run(scaling_, 60)["left_out"]
+
+
+def test_a_benchmark_keeps_to_its_own_limit_and_its_processes_end_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(everything, "HERE", tmp_path)
+    (tmp_path / "load.py").write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print('{\"child\": %d}' % child.pid, flush=True); time.sleep(60)"
+    )
+    began = time.monotonic()
+    found = everything.run(everything.Benchmark("load", seconds=3), 60)
+    assert found["unfinished"]
+    assert time.monotonic() - began < 30
+    assert not alive(found["child"])
+
+
+def alive(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_every_benchmark_runs_on_either_machine():
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"workbench", "everything"}
+    assert {b.name for b in everything.ON_A_CPU} == {b.name for b in everything.ON_A_GPU} == scripts
 
 
 def test_every_fast_mode_is_another_schedule_than_the_exact_one():
@@ -141,7 +243,7 @@ def test_every_fast_mode_is_another_schedule_than_the_exact_one():
 
 
 def test_costs_are_measured_against_the_exact_picture():
-    costs = fast_modes.cost_of_modes(2, 1)
+    costs = fast_modes.cost_of_modes(2, 1, CPU)
     assert set(costs) == {m.name for m in fast_modes.modes(sampler=True)} - {"exact", "exact, sampler"}
     # The sampler's steps do not touch the transformer's logits; every other mode does.
     assert costs["half the sampler's steps"]["largest_logit_error"] == 0

@@ -119,6 +119,12 @@ def test_low_memory_draws_the_same_picture_in_strips(sample, tmp_path, monkeypat
     assert max(abs(a - b) for a, b in zip(pixels(whole), pixels(sliced), strict=True)) <= 1
 
 
+def test_a_limit_of_gpu_memory_wants_a_gpu(sample, tmp_path):
+    code, _, error = sample("cat", "--device", "cpu", "--gpu-memory", 6, "--out", tmp_path / "a.png")
+    assert code == 2
+    assert "gpu_memory is for a GPU" in error
+
+
 def test_a_recipe_with_a_precision_that_is_none_is_refused(sample, tmp_path):
     from star_core.pictures import Recipe
 

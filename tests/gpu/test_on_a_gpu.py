@@ -19,6 +19,7 @@ from star_core.graphs import CudaGraph, Replays
 from star_core.request import Request, ScaleStep
 from star_core.sampling import PictureSeed
 from star_core.star import Options
+from star_core.streaming import Parts
 
 KINDS = ["plain", "smooth", "confidence", "masked", "official"]
 
@@ -223,3 +224,17 @@ def test_int8_runs_on_a_gpu(gpu: torch.device):
     star = load(device=gpu, int8=True)
     picture = star.draw(["a red apple"], options=Options(seed=1))
     assert picture.std() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_weights_draw_the_same_picture(gpu: torch.device, dtype: torch.dtype):
+    plain = load(device=gpu, dtype=dtype)
+    parts = Parts(plain.config, plain.transformer, plain.causal_sampler, plain.vqvae, plain.text_encoder)
+    small = load(device=gpu, dtype=dtype, gpu_memory=parts.least())
+    assert small.transformer.blocks[0]._forward_pre_hooks, "the first block is streamed"
+    for seed in range(3):
+        *_, expected = plain.generate(["rocket"], options=Options(seed=seed))
+        *_, found = small.generate(["rocket"], options=Options(seed=seed))
+        assert torch.equal(found.f_hat, expected.f_hat)
+        assert torch.equal(small.decode(found.f_hat), plain.decode(expected.f_hat, sliced=True))
+    assert next(small.text_encoder.parameters()).device.type == "cpu"

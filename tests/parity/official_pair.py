@@ -167,7 +167,9 @@ def build_official(size: Size) -> tuple[Any, Any]:
     from models import build_vae_var  # the official package
     from models.var_drop import VAR
 
-    nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor  # half the time; every value is overwritten
+    # Half the time, and every value is overwritten.
+    nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor
+    VAR.init_weights = lambda *_, **__: None
     options: dict[str, Any] = {
         "depth": size.depth,
         "attn_l2_norm": True,
