@@ -3,13 +3,13 @@
     STAR_REFERENCE=path/to/STAR-T2I python benchmarks/against_official.py
 
 Every contender is a process of its own (the official builder patches torch for the whole process): `official`
-is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the same with
-bfloat16 autocast around everything, `ours-float32` and `ours-bfloat16` are this engine with weights in that
-precision, on a GPU also with CUDA graphs. They take turns, so that a machine's moods reach all of them. At the
-end the pictures of the likeliest tokens are compared: where the float32 ones differ, the timings mean nothing
-and the exit code is 1 (a position where two tokens are equally likely is enough: see the share of equal
-pixels). A contender that falls is named with its last words, the others go on. Prints what it has as one JSON
-line after every round.
+is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the same at its
+best, bfloat16 autocast around everything and every weight cast once per picture, `ours-float32` and
+`ours-bfloat16` are this engine with weights in that precision, on a GPU also with CUDA graphs. They take turns,
+so that a machine's moods reach all of them. At the end the pictures of the likeliest tokens are compared: where
+the float32 ones differ, the timings mean nothing and the exit code is 1 (a position where two tokens are equally
+likely is enough: see the share of equal pixels). A contender that falls is named with its last words, the others
+go on. Prints what it has as one JSON line after every round.
 
 On a CPU this engine loads its weights from files, as a user's process does. On a GPU, which is paid by the
 second, they are made there, only the float32 pictures are compared, and meanwhile the next size is built.
@@ -101,7 +101,8 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
     for module in (vae, var):
         randomise(module, lambda name: name, seed=seed, dtype=torch.float32, device=device)
         module.to(device)
-    # As sample.py has it: autocast keeps the halves of those weights alone that want gradients, for a picture.
+    # As sample.py has it. Of such weights alone autocast keeps the cast ones for a picture, outside inference
+    # mode: sample.py is inside, and casts them all at every scale.
     var.requires_grad_(True)
 
     def precision() -> AbstractContextManager[Any]:
@@ -111,7 +112,7 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
         return torch.autocast("cuda", dtype=torch.float16) if device.type == "cuda" else nullcontext()
 
     @torch.no_grad()
-    @torch.inference_mode()
+    @torch.inference_mode(not autocast)
     def draw(prompt: str, picture_seed: int, likeliest: bool) -> Tensor:
         # extract_text_features of models/text_encoder.py, prompt and empty prompt at once, every time.
         inputs = words([prompt, ""], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
