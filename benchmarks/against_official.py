@@ -2,14 +2,14 @@
 
     STAR_REFERENCE=path/to/STAR-T2I python benchmarks/against_official.py
 
-Every contender is a process of its own (the official builder patches torch for the whole process): `official`
-is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the same at its
-best, bfloat16 autocast around everything and every weight cast once per picture, `ours-float32` and
-`ours-bfloat16` are this engine with weights in that precision, on a GPU also with CUDA graphs. They take turns,
-so that a machine's moods reach all of them. At the end the pictures of the likeliest tokens are compared: where
-the float32 ones differ, the timings mean nothing and the exit code is 1 (a position where two tokens are equally
-likely is enough: see the share of equal pixels). A contender that falls is named with its last words, the others
-go on. Prints what it has as one JSON line after every round.
+Every contender is a process of its own (the official builder patches torch for the whole process):
+`official` is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the
+same at its best, bfloat16 autocast around everything and every weight cast once per picture, `ours-float32`
+and `ours-bfloat16` are this engine with weights in that precision, on a GPU also with CUDA graphs. They
+take turns, so that a machine's moods reach all of them. At the end the pictures of the likeliest tokens are
+compared: where the float32 ones differ, the timings mean nothing and the exit code is 1 (a position where
+two tokens are equally likely is enough: see the share of equal pixels). A contender that falls is named
+with its last words, the others go on. Prints what it has as one JSON line after every round.
 
 On a CPU this engine loads its weights from files, as a user's process does. On a GPU, which is paid by the
 second, they are made there, only the float32 pictures are compared, and meanwhile the next size is built.
