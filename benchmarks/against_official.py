@@ -2,13 +2,14 @@
 
     STAR_REFERENCE=path/to/STAR-T2I python benchmarks/against_official.py
 
-Every contender is a process of its own (the official builder patches torch for the whole process): `official`
-is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the same with
-bfloat16 autocast around everything, `ours-float32` and `ours-bfloat16` are this engine with weights in that
-precision, on a GPU also with CUDA graphs. They take turns, so that a machine's moods reach all of them. At the
-end the pictures of the likeliest tokens are compared: where the float32 ones differ, the timings mean nothing
-and the exit code is 1 (a position where two tokens are equally likely is enough: see the share of equal
-pixels). Prints what it has as one JSON line after every round.
+Every contender is a process of its own (the official builder patches torch for the whole process):
+`official` is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the
+same at its best, bfloat16 autocast around everything and every weight cast once per picture, `ours-float32`
+and `ours-bfloat16` are this engine with weights in that precision, on a GPU also with CUDA graphs. They
+take turns, so that a machine's moods reach all of them. At the end the pictures of the likeliest tokens are
+compared: where the float32 ones differ, the timings mean nothing and the exit code is 1 (a position where
+two tokens are equally likely is enough: see the share of equal pixels). A contender that falls is named
+with its last words, the others go on. Prints what it has as one JSON line after every round.
 
 On a CPU this engine loads its weights from files, as a user's process does. On a GPU, which is paid by the
 second, they are made there, only the float32 pictures are compared, and meanwhile the next size is built.
@@ -25,9 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ PATIENCE_FLOP = 30e12
 """What a CPU is asked for at most per picture, some five minutes on a few cores."""
 
 
+Answer = TypeVar("Answer")
 Drawer = Callable[[str, int, bool], Tensor]
 """Prompt, seed and whether to take the likeliest tokens -> picture (1, 3, H, W) in [0, 1]."""
 
@@ -99,7 +101,8 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
     for module in (vae, var):
         randomise(module, lambda name: name, seed=seed, dtype=torch.float32, device=device)
         module.to(device)
-    # As sample.py has it: autocast keeps the halves of those weights alone that want gradients, for a picture.
+    # As sample.py has it. Of such weights alone autocast keeps the cast ones for a picture, outside inference
+    # mode: sample.py is inside, and casts them all at every scale.
     var.requires_grad_(True)
 
     def precision() -> AbstractContextManager[Any]:
@@ -109,7 +112,7 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
         return torch.autocast("cuda", dtype=torch.float16) if device.type == "cuda" else nullcontext()
 
     @torch.no_grad()
-    @torch.inference_mode()
+    @torch.inference_mode(not autocast)
     def draw(prompt: str, picture_seed: int, likeliest: bool) -> Tensor:
         # extract_text_features of models/text_encoder.py, prompt and empty prompt at once, every time.
         inputs = words([prompt, ""], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
@@ -220,6 +223,10 @@ def exact_convolutions() -> Iterator[None]:
 # The referee
 
 
+class FallenError(Exception):
+    """A contender's process ended."""
+
+
 class Contender:
     """A process that draws on demand."""
 
@@ -237,16 +244,16 @@ class Contender:
             stderr=self._log.open("w"),
             text=True,
         )
-        self.machine: dict[str, Any] = {}
 
-    def wait_until_built(self) -> None:
-        self.machine = self._answer()
+    def wait_until_built(self) -> dict[str, Any]:
+        """Return the machine as the process sees it."""
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} ended: {self._log.read_text()[-2000:]}")
+            raise FallenError(self._log.read_text()[-2000:])
         return dict(json.loads(line))
 
     def draw(self, seed: int) -> dict[str, Any]:
@@ -262,14 +269,16 @@ class Contender:
     def _order(self, seed: int, *, likeliest: bool) -> dict[str, Any]:
         order = {"prompt": PROMPT, "seed": seed, "likeliest": likeliest, "keep": str(self._kept)}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # then there is no answer either
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
         assert self._process.stdin is not None
         if not self._process.stdin.closed:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.wait(timeout=60)
 
 
@@ -312,10 +321,19 @@ class Contenders:
         self._on_a_gpu = torch.device(arguments.device).type == "cuda"
         names = ON_A_GPU if self._on_a_gpu else CONTENDERS
         self.all = [Contender(name, size, arguments, folder) for name in names]
+        self.fallen: dict[str, str] = {}
 
-    def wait_until_built(self) -> None:
-        for contender in self.all:
-            contender.wait_until_built()
+    def each(self, act: Callable[[Contender], Answer]) -> dict[str, Answer]:
+        """Return what every contender makes of an order; who falls is out."""
+        found = {}
+        for contender in list(self.all):
+            try:
+                found[contender.name] = act(contender)
+            except FallenError as error:
+                self.fallen[contender.name] = str(error)
+                self.all.remove(contender)
+                contender.close()
+        return found
 
     def keep_compared(self) -> None:
         """Close those whose pictures are not compared: on a GPU the next ones need their memory."""
@@ -335,21 +353,22 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """Let all contenders draw in turn; yield what is measured so far, the timings first; close them."""
     try:
-        contenders.wait_until_built()
-        facts = {"size": contenders.size, "machine": contenders.all[0].machine}
-        cold = {c.name: round(c.draw(0)["seconds"], 3) for c in contenders.all}
-        runs: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders.all}
+        machines = contenders.each(Contender.wait_until_built)
+        facts = {"size": contenders.size, "machine": next(iter(machines.values()), None)}
+        first = contenders.each(lambda contender: contender.draw(0))
+        cold = {name: round(answer["seconds"], 3) for name, answer in first.items()}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in first}
         for turn in range(rounds):
-            for contender in contenders.all:
-                runs[contender.name].append(contender.draw(1 + turn))
+            answers = contenders.each(lambda contender, seed=1 + turn: contender.draw(seed))
+            runs = {name: [*runs[name], answer] for name, answer in answers.items()}
             timed = {**facts, "cold_seconds": cold, **timings(runs), "agree": None}
-            yield timed
+            yield {**timed, "fallen": contenders.fallen}
         contenders.keep_compared()
         after_timing()
-        pictures = {c.name: c.draw_likeliest() for c in contenders.all}
+        pictures = contenders.each(Contender.draw_likeliest)
     finally:
         contenders.close()
-    yield {**timed, **agreement(pictures)}
+    yield {**timed, **agreement(pictures), "fallen": contenders.fallen}
 
 
 def timings(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -365,6 +384,8 @@ def timings(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def agreement(pictures: dict[str, Tensor]) -> dict[str, Any]:
     """Return how far the pictures of the likeliest tokens are from the official ones."""
+    if "official" not in pictures:
+        return {}
     distances = {
         name: (picture - pictures["official"]).abs().amax(dim=1)
         for name, picture in pictures.items()
@@ -375,7 +396,7 @@ def agreement(pictures: dict[str, Tensor]) -> dict[str, Any]:
         "greedy_equal_pixels": {
             name: round(float((d <= TOLERANCE).float().mean()), 4) for name, d in distances.items()
         },
-        "agree": bool(distances["ours-float32"].max() <= TOLERANCE),
+        "agree": "ours-float32" in distances and bool(distances["ours-float32"].max() <= TOLERANCE),
     }
 
 
@@ -389,10 +410,11 @@ def ratios(runs: dict[str, list[dict[str, Any]]], peaks: dict[str, int]) -> dict
 
     found = {}
     for ours in (name for name in runs if name.startswith("ours")):
-        for theirs in ("official", "official-autocast"):
+        for theirs in (name for name in runs if name.startswith("official")):
             found[f"{ours} is faster than {theirs} by"] = faster(ours, theirs)
-    found["ours-bfloat16 peak of official's"] = round(peaks["ours-bfloat16"] / peaks["official"], 2)
-    found["ours-float32 peak of official's"] = round(peaks["ours-float32"] / peaks["official"], 2)
+    for ours in ("ours-bfloat16", "ours-float32"):
+        if ours in peaks and "official" in peaks:
+            found[f"{ours} peak of official's"] = round(peaks[ours] / peaks["official"], 2)
     return found
 
 
@@ -413,6 +435,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     yield from table(rows)
     for name, ratio in result["ratios"].items():
         yield f"{name} {ratio}"
+    for name, words in result.get("fallen", {}).items():
+        yield f"{name} fell: {words}"
 
 
 def main() -> int:
@@ -463,7 +487,7 @@ def referee(arguments: argparse.Namespace) -> int:
             print("\n".join(lines(result)), file=sys.stderr)
             results.append(result)
     report({"benchmark": "against_official", "results": results, "left_out": left_out})
-    return 0 if all(result["agree"] for result in results) else 1
+    return 0 if all(result["agree"] and not result["fallen"] for result in results) else 1
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ ON_A_CPU = tuple(
     Benchmark(name) for name in ("fast_modes", "against_official", "scaling", "load", "low_memory")
 )
 ON_A_GPU = (
-    Benchmark("against_official", 150, ("--sizes", "d30-1024", "d30-1024-sampler")),
+    Benchmark("against_official", 170, ("--sizes", "d30-1024", "d30-1024-sampler")),
     # What a mode costs does not depend on the machine: NOTES.md has it.
     Benchmark("fast_modes", 75, ("--no-cost",)),
     Benchmark("low_memory", 60),
     Benchmark("scaling", 75),
     Benchmark("load", 120),
 )
-"""What matters most first; limits at about twice of what is expected."""
+"""What matters most first; limits well above what is expected."""
 NAMES = tuple(benchmark.name for benchmark in ON_A_CPU)
 
 

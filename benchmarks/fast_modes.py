@@ -6,7 +6,7 @@ Gain: seconds per picture against the exact mode, in turn on one machine. Cost, 
 largest and the mean difference of a scale's guided logits after the exact mode's scales before it, in standard
 deviations of those logits; the share of equal tokens when both run freely; PSNR of the pictures. KID and
 R-precision of a mode come from `python -m star_core evaluate --schedules ... --int8`. Prints the gain as one
-JSON line before it measures the cost, and ends in one with both.
+JSON line after every turn, and ends in one with the cost too.
 
 With CUDA graphs every mode keeps its own, recorded in a first turn that is not timed; on a GPU too small for
 that they are recorded again before every timed picture.
@@ -19,7 +19,7 @@ import copy
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +98,11 @@ def modes(*, sampler: bool) -> list[Mode]:
 
 def time_modes(
     size: str, dtype: torch.dtype, device: torch.device, rounds: int, *, graphs: bool
-) -> dict[str, dict[str, float]]:
-    """Draw with every mode in turn; return seconds and the ratio to the exact mode of its kind."""
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Draw with every mode in turn; yield after each turn seconds and the ratio to the exact mode of its kind.
+
+    A mode that fails is yielded with its error, and left out from then on.
+    """
     config = config_of(size)
     exact = build_star(config, 0, dtype, device)
     small = build_star(config, 0, dtype, device)
@@ -113,22 +116,33 @@ def time_modes(
     shared = Replays[Canvas]() if graphs and not roomy else None
     for star in stars.values():
         star.replays = Replays() if roomy else shared
+    errors: dict[str, str] = {}
     for turn in range(rounds + 1):
-        for mode in every:
+        for mode in [mode for mode in every if mode.name not in errors]:
             schedule = mode.change(read_schedule(mode.base, config.maps))
-            if shared is not None:  # those of the mode before are forgotten: recorded anew, not timed
-                stars[mode.name].draw([PROMPT], options=Options(seed=turn, schedule=schedule))
-            settle(device)
-            began = time.perf_counter()
-            stars[mode.name].draw([PROMPT], options=Options(seed=turn, schedule=schedule))
-            settle(device)
+            options = Options(seed=turn, schedule=schedule)
+            try:
+                if shared is not None:  # those of the mode before are forgotten: recorded anew, not timed
+                    stars[mode.name].draw([PROMPT], options=options)
+                settle(device)
+                began = time.perf_counter()
+                stars[mode.name].draw([PROMPT], options=options)
+                settle(device)
+            except RuntimeError as error:  # on a GPU, where one mode's kernels may be missing
+                errors[mode.name] = str(error)[:500]
+                continue
             if turn:
                 seconds[mode.name].append(time.perf_counter() - began)
+        if turn:
+            yield {**_gains(every, seconds), **{name: {"error": words} for name, words in errors.items()}}
+
+
+def _gains(every: Sequence[Mode], seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     found = {}
     for mode in every:
         plain = seconds["exact, sampler" if "1024" in mode.base else "exact"]
-        ratios = [a / b for a, b in zip(plain, seconds[mode.name], strict=True)]
-        found[mode.name] = {"seconds": middle(seconds[mode.name]), "faster_by": middle(ratios, digits=2)}
+        if ratios := [a / b for a, b in zip(plain, seconds[mode.name], strict=False)]:
+            found[mode.name] = {"seconds": middle(seconds[mode.name]), "faster_by": middle(ratios, digits=2)}
     return found
 
 
@@ -239,7 +253,6 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     graphs = device.type == "cuda" and not arguments.no_graphs
-    times = time_modes(arguments.size, getattr(torch, arguments.dtype), device, arguments.rounds, graphs=graphs)
     found: dict[str, Any] = {
         "benchmark": "fast_modes",
         "machine": machine(device),
@@ -248,9 +261,11 @@ def main() -> int:
         "graphs": graphs,
         "batch": 1,
         "seed": arguments.seed,
-        "gain": times,
     }
-    report(found)
+    dtype = getattr(torch, arguments.dtype)
+    for times in time_modes(arguments.size, dtype, device, arguments.rounds, graphs=graphs):
+        report({**found, "gain": times})
+    found["gain"] = times
     costs = {} if arguments.no_cost else cost_of_modes(arguments.prompts, arguments.seed, device)
     print("\n".join(lines(times, costs)), file=sys.stderr)
     if costs:

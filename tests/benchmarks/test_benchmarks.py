@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -131,6 +132,55 @@ def test_pictures_agree_by_their_largest_difference_and_say_how_much_is_equal():
     assert found["greedy_equal_pixels"] == {"ours-float32": 1.0, "ours-bfloat16": 0.99}
     assert found["greedy_picture_difference"]["ours-bfloat16"] == 0.5
     assert not against_official.agreement({"official": official, "ours-float32": far})["agree"]
+
+
+def test_a_contender_that_falls_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, sys, torch\n"
+        "name = sys.argv[sys.argv.index('--worker') + 1]\n"
+        "print(json.dumps({'gpu': 'none'}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    order = json.loads(line)\n"
+        "    if name == 'ours-bfloat16' and order['seed'] == 2: sys.exit('no more')\n"
+        "    if order['likeliest']: torch.save(torch.zeros(1, 3, 2, 2), order['keep'])\n"
+        "    print(json.dumps({'seconds': 1.5, 'peak': 2**30}), flush=True)\n"
+    )
+    monkeypatch.setattr(against_official, "__file__", str(worker))
+    arguments = argparse.Namespace(device="cpu", threads=1, seed=0)
+    contenders = against_official.Contenders("d16-256", arguments, tmp_path)
+    first, second, last = against_official.compare(contenders, 2)
+    assert set(first["warm_seconds"]) == set(against_official.CONTENDERS)
+    assert set(second["warm_seconds"]) == set(against_official.CONTENDERS) - {"ours-bfloat16"}
+    assert "no more" in last["fallen"]["ours-bfloat16"]
+    assert last["agree"]
+    assert "ours-bfloat16 fell" in "\n".join(against_official.lines(last))
+
+
+def test_a_fast_mode_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch):
+    shipped = load()
+    monkeypatch.setattr(fast_modes, "config_of", lambda size: shipped.config)
+    monkeypatch.setattr(fast_modes, "build_star", lambda *_: load())
+    monkeypatch.setattr(
+        fast_modes,
+        "modes",
+        lambda sampler: [
+            fast_modes.Mode("exact", "official-512", fast_modes.same),
+            fast_modes.Mode("broken", "official-512", fast_modes.unguided(1)),
+        ],
+    )
+    original = fast_modes.Star.draw
+
+    def draw(star: object, prompts: object, options: object) -> torch.Tensor:
+        if options.schedule.scales[-1].unguided:
+            raise RuntimeError("no such kernel")
+        return original(star, prompts, options=options)
+
+    monkeypatch.setattr(fast_modes.Star, "draw", draw)
+    *_, found = fast_modes.time_modes("d16-256", torch.float32, CPU, 2, graphs=False)
+    assert found["broken"] == {"error": "no such kernel"}
+    assert found["exact"]["faster_by"] == 1
+    assert "broken" in "\n".join(fast_modes.lines(found, {}))
 
 
 def test_convolutions_are_exact_only_where_pictures_are_compared():
