@@ -203,7 +203,9 @@ def assert_same_draw(
     for drawn in (ours, theirs):
         at = drawn.tokens.unsqueeze(-1)
         upper, own = cumulative.gather(-1, at).squeeze(-1), chances.gather(-1, at).squeeze(-1)
-        assert (uniform <= upper + slack).all()
+        # Where rounding puts a number on the total itself, the likeliest token is taken.
+        past = (uniform > 1 - 1e-5) & (drawn.tokens == chances.argmax(dim=-1))
+        assert ((uniform <= upper + slack) | past).all()
         assert (uniform >= upper - own - slack).all()
     same = ours.tokens == theirs.tokens
     assert float(same.double().mean()) > 0.99
