@@ -52,13 +52,18 @@ class LayerCache:
     def _copied(self, seen: Tensor, stop: int) -> Tensor:
         rows, heads, _, head_width = seen.shape
         fresh = seen.new_empty(rows, heads, stop, head_width)
-        fresh[:, :, : self.filled] = seen[:, :, : self.filled]
+        _wide(fresh)[:, :, : self.filled] = _wide(seen)[:, :, : self.filled]
         return fresh
 
     def advance(self, tokens: int) -> None:
         """Count a scale's tokens in, now that they are written; one that did not fit is forgotten."""
         if self.filled + tokens <= self.keys.shape[2]:
             self.filled += tokens
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return the same memory as numbers of 8 bytes: a GPU copies strided tensors number by number."""
+    return x.view(torch.int64) if x.shape[-1] * x.element_size() % 8 == 0 else x
 
 
 class KVCache:

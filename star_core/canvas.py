@@ -6,6 +6,7 @@ Rows R are the B conditional ones, then their unconditional twins.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from einops import repeat
@@ -19,6 +20,14 @@ from .rope import Rotation
 from .sampling import KeptNoise, ScaleNoise, guide
 from .schedule import ScaleSchedule
 from .transformer import Transformer, longest_cache
+
+
+class Spoken(NamedTuple):
+    """A prompt of a batch on the device: states (B or R, T, D), mask (B or R, T) or None, pooled (R, D)."""
+
+    hidden: Tensor
+    mask: Tensor | None
+    pooled: Tensor
 
 
 @dataclass
@@ -35,6 +44,7 @@ class Canvas:
     device: torch.device
     stays: bool = False
     rotation: Rotation = field(init=False)
+    heard: dict[int, Spoken] = field(default_factory=dict)
     text_keys: tuple[TextKeys, ...] = ()
     pooled: Tensor = field(init=False)
     seen: dict[int, Tensor] = field(default_factory=dict)
@@ -52,6 +62,7 @@ class Canvas:
         """Let go of the large tensors."""
         self.cache.layers = ()
         self.text_keys = ()
+        self.heard.clear()
         self.seen.clear()
         self.noises.clear()
 
@@ -64,7 +75,7 @@ class Canvas:
         """Do what the host has to do before a scale: hand over the prompt that starts here, and chance."""
         for span in self.request.prompts:
             if span.start == scale:
-                self._read(span, self.rows(scale))
+                self._hear(span, self.rows(scale))
         if scale in self.noises:
             self.noises[scale].renew(self.request.seeds)
 
@@ -76,24 +87,38 @@ class Canvas:
         noise.rewind()
         return noise
 
-    @torch.no_grad()
-    def _read(self, span: PromptSpan, rows: int) -> None:
+    def _hear(self, span: PromptSpan, rows: int) -> None:
+        """Take over the prompt that `read` is to read at the span's first scale."""
         texts = [span.conditional, span.unconditional][: rows // len(self.request.seeds)]
         pooled = torch.cat([text.pooled for text in texts]).to(self.device)
         if self.transformer.config.cross_attention == "paired":
             texts = texts[:1]
         hidden, mask = torch.cat([t.hidden for t in texts]), torch.cat([t.mask for t in texts])
-        shown = mask if self.stays else None
+        shown: Tensor | None = mask
         if not self.stays:
             hidden, shown = _without_padding(hidden, mask)
         shown = shown.to(self.device) if shown is not None else None
-        keys = self.transformer.text_keys(hidden.to(self.device), shown)
+        fresh = Spoken(hidden.to(self.device), shown, pooled)
+        if self.stays and span.start in self.heard:
+            for held, new in zip(self.heard[span.start], fresh, strict=True):
+                if held is not None and new is not None:
+                    held.copy_(new)
+        else:
+            self.heard[span.start] = fresh
+
+    @torch.no_grad()
+    def read(self, scale: int) -> None:
+        """Make of the prompt that starts at this scale what the blocks read from here on."""
+        if scale not in self.heard:
+            return
+        hidden, mask, pooled = self.heard[scale]
+        keys = self.transformer.text_keys(hidden, mask)
         if self.stays and self.text_keys:
             self.pooled[: len(pooled)].copy_(pooled)
             for held, fresh in zip(self.text_keys, keys, strict=True):
                 held.overwrite(fresh)
         else:
-            self.pooled, self.text_keys = pooled, keys
+            self.pooled, self.text_keys = pooled.clone(), keys
 
     def scale_text(self, scale: int) -> tuple[TextKeys, ...]:
         """Return what every block reads of the text at a scale."""

@@ -122,6 +122,7 @@ def _look(
     canvas: Canvas, quantizer: MultiScaleQuantizer, schedule: ScaleSchedule, f_hat: Tensor, scale: int
 ) -> Tensor:
     """Run the transformer over one scale; return the last block's output (R, n, C)."""
+    canvas.read(scale)
     canvas.cache.seek(canvas.cached[scale])
     if scale == 0:
         x = canvas.first_input()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -58,9 +59,17 @@ def axial_rope(token_map: TokenMap, head_width: int, theta: float, extent: float
 
 
 def axial_rope_of_maps(maps: Sequence[TokenMap], head_width: int, theta: float, extent: float) -> Rotation:
-    """Return the rotations of all maps' tokens, coarse to fine, as (L, head_width / 2)."""
-    parts = [axial_rope(m, head_width, theta, extent) for m in maps]
-    return Rotation(torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts]))
+    """Return the rotations of all maps' tokens, coarse to fine, as (L, head_width / 2). Nobody may change them:
+    they are remembered."""
+    return _axial_rope_of_maps(tuple(maps), head_width, theta, extent)
+
+
+@functools.lru_cache(maxsize=16)
+def _axial_rope_of_maps(maps: tuple[TokenMap, ...], head_width: int, theta: float, extent: float) -> Rotation:
+    # Outside inference mode, whose tensors no training could use later.
+    with torch.inference_mode(False):
+        parts = [axial_rope(m, head_width, theta, extent) for m in maps]
+        return Rotation(torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts]))
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -7,9 +7,11 @@ follow each other, so that picture i of a prompt is row prompt * count + i.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ from .streaming import Parts, visiting
 from .text_encoder import TextEncoder, TextStates, load_text_encoder
 from .transformer import Transformer
 from .vqvae import VQVAE
+
+_log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent / "demo"
 STAR_FILE = "star.safetensors"
@@ -104,12 +108,21 @@ class Star:
         self.device = device
         self.short_of_memory = short_of_memory
         self.replays: Replays[Canvas] | None = Replays() if graphs else None
+        self.text_replays: Replays[Any] | None = Replays() if graphs else None
         self._empty: TextStates | None = None
 
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
         """Return the text states of N prompts: hidden (N, T, D), mask (N, T), pooled (N, D)."""
         with visiting(self.text_encoder, self.device) if self.short_of_memory else contextlib.nullcontext():
-            return self.text_encoder.encode(prompts)
+            try:
+                return self.text_encoder.encode(prompts, self.text_replays)
+            except RuntimeError as error:
+                if self.text_replays is None:
+                    raise
+                # What transformers does in there is its own affair, and not always for a graph to hold.
+                _log.warning("the text encoder's work cannot be recorded, it is launched each time: %s", error)
+                self.text_replays = None
+                return self.text_encoder.encode(prompts)
 
     def maps(self, size: tuple[int, int] | None) -> tuple[TokenMap, ...]:
         """Return the token maps of a size (height, width) in pixels, the trained ones for None."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .attention import CrossAttention, KVCache, LayerCache, SelfAttention, TextKeys
 from .config import TokenMap, TransformerConfig, token_count
+from .kernels import fused
 from .rope import Rotation, axial_rope_of_maps
 from .transfer import upload
 
@@ -31,6 +32,24 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
+@fused("products.expanded")
+def expanded(x: Tensor, linear: nn.Module) -> Tensor:
+    """Return the tanh-approximated GELU of a linear layer's output, fused where possible."""
+    return F.gelu(linear(x), approximate="tanh")
+
+
+@fused("residual.add_then_norm")
+def add_then_norm(x: Tensor, addend: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return x + addend (R, L, C), and the norm of its first `rows` rows, fused where possible.
+
+    An addend (R / 2, L, C) is what rows and their twins share.
+    """
+    if len(addend) < len(x):
+        addend = repeat(addend, "b l c -> (twins b) l c", twins=len(x) // len(addend))
+    x = x + addend
+    return x, norm(x[:rows])
+
+
 class FeedForward(nn.Module):
     """Two linear layers around a tanh-approximated GELU."""
 
@@ -41,7 +60,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (R, L, C) to (R, L, C)."""
-        contracted: Tensor = self.contract(F.gelu(self.expand(x), approximate="tanh"))
+        contracted: Tensor = self.contract(expanded(x, self.expand))
         return contracted
 
 
@@ -55,8 +74,8 @@ class SelfBlock(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         """Map (R, L, C) to (R, L, C)."""
-        x = x + self.attn(norm(x), rotation)
-        return x + self.ffn(norm(x))  # type: ignore[no-any-return]  # Module call: Any
+        x, normed = add_then_norm(x, self.attn(norm(x), rotation), len(x))
+        return x + self.ffn(normed)  # type: ignore[no-any-return]  # Module call: Any
 
 
 class TextBlock(nn.Module):
@@ -82,11 +101,10 @@ class TextBlock(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Map (R, L, C) to (R, L, C). `text` has R rows, or R / 2 that conditional rows and twins share."""
-        x = x + self.attn(norm(x), rotation, cache=cache, mask=mask)
         readers = text.keys.shape[0]
-        read = self.cross_attn(norm(x[:readers]), text)
-        x = x + repeat(read, "b l c -> (twins b) l c", twins=x.shape[0] // readers)
-        return x + self.ffn(norm(x))  # type: ignore[no-any-return]  # Module call: Any
+        x, normed = add_then_norm(x, self.attn(norm(x), rotation, cache=cache, mask=mask), readers)
+        x, normed = add_then_norm(x, self.cross_attn(normed, text), len(x))
+        return x + self.ffn(normed)  # type: ignore[no-any-return]  # Module call: Any
 
 
 class Transformer(nn.Module):

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from star_core import attention, kernels, sampling
+from star_core import attention, kernels, sampling, transformer
 from star_core.attention import LayerCache
 from star_core.kernels import attention as by_attention
 from star_core.kernels import references_only
+from star_core.kernels import residual as by_residual
 from star_core.kernels import sampling as by_sampling
 from star_core.rope import Rotation
 from star_core.sampling import PictureSeed
@@ -167,6 +168,22 @@ def test_cross_queries_are_the_reference_s(dtype: torch.dtype, head_width: int):
     assert theirs.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "adding", "wanted"), [(1, 1, 1), (4, 4, 2), (4, 2, 4), (2, 1, 1)])
+@pytest.mark.parametrize("columns", [64, 100])
+def test_sums_and_their_norms_are_the_reference_s(
+    dtype: torch.dtype, rows: int, adding: int, wanted: int, columns: int
+):
+    x, addend = 5 + normal(1, rows, 7, columns).to(dtype), normal(2, adding, 7, columns).to(dtype)
+    found = by_residual.add_then_norm(x, addend, wanted)
+    assert found is not None
+    total, normed = transformer.add_then_norm(x, addend, wanted)
+    assert torch.equal(found[0], total)
+    assert found[1].shape == (wanted, 7, columns)
+    error = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(found[1], normed, atol=error, rtol=error)
+
+
 def test_guidance_is_the_reference_s_to_the_last_bit():
     conditional, unconditional = normal(1, 2, 3, 700), normal(2, 2, 3, 700)
     for strength in (0.0, 3.0, 7.3, -1.0, 2):
@@ -291,7 +308,8 @@ def test_whole_pictures_are_the_reference_s(
     monkeypatch.setattr(kernels, "_named", lambda name: (served.append(name), named(name))[1])
     steps = model.run(request)
     assert not kernels.given_up()
-    wanted = {"attention.self_heads", "attention.cross_queries", "sampling.guide"}
+    wanted = {"attention.self_heads", "attention.cross_queries", "residual.add_then_norm", "sampling.guide"}
+    wanted |= {"products.expanded"}  # asked, and not for float32
     assert set(served) == (wanted if kind == "smooth" else wanted | {"sampling.draw"})
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(steps, expected, strict=True))
     served.clear()

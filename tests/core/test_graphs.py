@@ -363,3 +363,26 @@ def test_a_star_repeats_scales_and_refuses_to_where_there_is_no_gpu(passes: Call
         ours, theirs = (model.draw([prompt], options=options) for model in (star, plain))
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
         assert bool(counted) == (seed == 0)
+
+
+def test_a_recorded_text_encoder_gives_the_states_of_any_prompts(replays: Replays):
+    encoder = load().text_encoder
+    for prompts in (["cat"], ["a red apple on a tree"], [""], ["heart", "a"], ["two words", ""]):
+        ours, theirs = encoder.encode(prompts, replays), encoder.encode(prompts)
+        assert torch.equal(ours.mask, theirs.mask)
+        torch.testing.assert_close(ours.hidden, theirs.hidden, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.pooled, theirs.pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_encoder_that_cannot_be_recorded_is_launched_each_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    star = load()
+    plain = star.encode_text(["cat"])
+    star.text_replays = Replays(Tapes)
+    whole = star.text_encoder._whole
+    monkeypatch.setattr(star.text_encoder, "_whole", lambda ids, mask: (bool(mask.all()), whole(ids, mask))[1])
+    found = star.encode_text(["cat"])
+    assert torch.equal(found.hidden, plain.hidden)
+    assert "cannot be recorded" in caplog.text
+    assert star.text_replays is None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from star_core import kernels
 from star_core.graphs import Tape
@@ -64,6 +64,18 @@ def test_gradients_are_the_reference_s_affair(kernel: Callable):
     assert doubled(x) == "reference"
     with torch.no_grad():
         assert doubled(x) == "kernel"
+
+
+def test_a_layer_that_learns_is_the_reference_s_affair(kernel: Callable):
+    kernel(lambda x, layer: "kernel")
+
+    @fused("nothing.applied")
+    def applied(x: Tensor, layer: nn.Module) -> str:
+        return "reference"
+
+    layer = nn.Linear(2, 2)
+    assert applied(torch.ones(2), layer) == "reference"
+    assert applied(torch.ones(2), layer.requires_grad_(False)) == "kernel"
 
 
 def test_a_tape_sees_every_operation(kernel: Callable):
@@ -137,8 +149,10 @@ def test_the_kernels_compute_what_their_references_do(tmp_path: Path):
 
 
 HEADS = dict.fromkeys(("qkv", "q_bias", "v_bias", "q_out", "k_out", "v_out", "q"), "*bf16")
+SUMS = dict.fromkeys(("x", "addend", "total", "normed"), "*bf16")
 TYPES = {
     **HEADS,
+    **SUMS,
     **dict.fromkeys(("log_scale", "cos", "sin"), "*fp32"),
     **dict.fromkeys(("logits", "uniform", "confidence", "conditional", "unconditional", "guided"), "*fp32"),
     **dict.fromkeys(("sharpness", "dropped", "towards", "away"), "fp32"),
@@ -148,6 +162,7 @@ TYPES = {
 BUILDS = {
     "attention._self_heads": {"head_width": 64, "block": 32, "together": 3, "turns_by_row": True},
     "attention._cross_queries": {"head_width": 64, "block": 32},
+    "residual._add_then_norm": {"padded": 2048},
     "sampling._draw": {"block": 4096, "by_count": True, "by_mass": True},
     "sampling._guide": {"block": 2048},
 }

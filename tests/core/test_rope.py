@@ -123,3 +123,12 @@ def test_a_device_without_complex_numbers_rotates_equally():
     rotation = axial_rope((4, 5), 64, THETA, EXTENT)
     real = _rotate_real(x.unflatten(-1, (-1, 2)), rotation).flatten(-2)
     torch.testing.assert_close(rotate(x, rotation), real, atol=1e-6, rtol=0)
+
+
+def test_rotations_made_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        axial_rope_of_maps([(3, 5), (7, 2)], HEAD, THETA, EXTENT)
+    rotation = axial_rope_of_maps([(3, 5), (7, 2)], HEAD, THETA, EXTENT)
+    x = torch.randn(1, 1, 29, HEAD, requires_grad=True)
+    rotate(x, rotation).sum().backward()
+    assert x.grad is not None

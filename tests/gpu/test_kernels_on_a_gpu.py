@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="no Triton here: there are no kernels to compare")
 
-from star_core import attention, kernels, load, sampling
+from star_core import attention, kernels, load, sampling, transformer
 from star_core.attention import LayerCache
 from star_core.generate import generate
 from star_core.graphs import Replays
@@ -180,6 +180,39 @@ def test_guidance_is_the_reference_s_to_the_last_bit(served: list[str]):
             with references_only():
                 assert torch.equal(ours, sampling.guide(logits[:1], logits[1:], strength))
     assert served == ["sampling.guide"] * 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "adding", "wanted"), [(2, 2, 1), (2, 1, 2), (16, 16, 16)])
+def test_sums_and_their_norms_are_the_reference_s(
+    served: list[str], dtype: torch.dtype, rows: int, adding: int, wanted: int
+):
+    for tokens, columns in ((1, 1920), (300, 1920), (40, 1000)):
+        x = 5 + normal(1, rows, tokens, columns).to(dtype)
+        addend = normal(2, adding, tokens, columns).to(dtype)
+        total, normed = transformer.add_then_norm(x, addend, wanted)
+        with references_only():
+            wanted_total, wanted_normed = transformer.add_then_norm(x, addend, wanted)
+        assert torch.equal(total, wanted_total)
+        error = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(normed, wanted_normed, atol=error, rtol=error)
+    assert served == ["residual.add_then_norm"] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_takes_its_activation_along(served: list[str], dtype: torch.dtype):
+    layer = torch.nn.Linear(1920, 7680, device="cuda", dtype=dtype).requires_grad_(False)
+    exact = torch.nn.functional.gelu
+    for rows in (1, 2, 20, 4096):
+        x = normal(rows, 2, rows, 1920).to(dtype)
+        ours = transformer.expanded(x, layer)
+        theirs = exact(
+            torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()),
+            approximate="tanh",
+        )
+        assert ours.dtype == dtype
+        assert float((ours.double() - theirs).norm() / theirs.norm()) < 4e-3
+    assert served == ["products.expanded"] * 4
 
 
 def assert_same_draw(

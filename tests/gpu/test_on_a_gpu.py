@@ -148,6 +148,15 @@ def test_logits_of_the_shipped_model_are_the_cpus(gpu: torch.device):
         torch.testing.assert_close(logits(on_gpu), logits(on_cpu), atol=1e-3, rtol=1e-4)
 
 
+def test_a_recorded_text_encoder_gives_the_states_of_any_prompts(gpu: torch.device):
+    plain, repeated = load(device=gpu), load(device=gpu, graphs=True)
+    for prompts in (["cat"], ["a red apple on a tree"], [""], ["heart", "a"]):
+        ours, theirs = repeated.encode_text(prompts), plain.encode_text(prompts)
+        torch.testing.assert_close(ours.hidden, theirs.hidden, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.pooled, theirs.pooled, atol=1e-4, rtol=1e-4)
+    assert repeated.text_replays is not None, "it could be recorded"
+
+
 def test_the_shipped_model_draws_with_graphs_what_it_draws_without(gpu: torch.device):
     plain, repeated = load(device=gpu), load(device=gpu, graphs=True)
     for schedule in ("official-512", "official-1024", "fast"):
