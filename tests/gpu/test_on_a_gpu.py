@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from star_core import load
 from star_core.generate import generate
 from star_core.graphs import CudaGraph, Replays
+from star_core.kernels import references_only
 from star_core.request import Request, ScaleStep
 from star_core.sampling import PictureSeed
 from star_core.star import Options
@@ -131,12 +132,13 @@ def test_two_models_with_graphs_do_not_disturb_each_other(
     assert equal_tokens(on_gpu.run(first, one), expected)
 
 
-def test_logits_of_the_shipped_model_are_the_cpus(gpu: torch.device):
-    on_cpu, on_gpu = load(), load(device=gpu)
+def test_logits_of_the_shipped_model_are_the_cpus_and_bfloat16_s_within_their_bound(gpu: torch.device):
+    on_cpu = load()
     request = on_cpu.request(["a red apple", "cat"], options=Options(seed=1))
     steps = list(on_cpu.run(request))
     inputs = on_cpu.vqvae.quantizer.teacher_inputs([s.tokens for s in steps], on_cpu.config.maps)
 
+    @torch.no_grad()
     def logits(star: object) -> Tensor:
         text = request.prompts[0].conditional
         keys = star.transformer.text_keys(text.hidden.to(star.device), text.mask.to(star.device))
@@ -144,8 +146,15 @@ def test_logits_of_the_shipped_model_are_the_cpus(gpu: torch.device):
         features = star.transformer(inputs.to(star.device), pooled, keys, star.config.maps)
         return star.transformer.logits(features).cpu()
 
-    with torch.no_grad():
-        torch.testing.assert_close(logits(on_gpu), logits(on_cpu), atol=1e-3, rtol=1e-4)
+    exact, on_gpu = logits(on_cpu), load(device=gpu)
+    with references_only():
+        plain = logits(on_gpu)
+    fused = logits(on_gpu)
+    torch.testing.assert_close(plain, exact, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(fused, plain, atol=1e-4, rtol=0)
+    error = (logits(load(device=gpu, dtype=torch.bfloat16)) - exact).abs() / exact.std()
+    assert 0 < error.mean() < 0.02
+    assert error.max() < 0.25
 
 
 def test_a_recorded_text_encoder_gives_the_states_of_any_prompts(gpu: torch.device):
