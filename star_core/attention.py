@@ -98,6 +98,8 @@ class TextKeys(NamedTuple):
 
     def rows(self, count: int) -> TextKeys:
         """Return the first `count` rows."""
+        if count >= len(self.keys):
+            return self
         mask = self.mask[:count] if self.mask is not None else None
         return TextKeys(self.keys[:count], self.values[:count], mask)
 

@@ -71,10 +71,11 @@ def _may_take(args: Sequence[object]) -> bool:
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not tensors or tensors[0].device.type not in DEVICES or _given_up.is_set() or not _wanted.get():
         return False
-    layers = [a for a in args if isinstance(a, nn.Module)]
-    weights = [parameter for layer in layers for parameter in layer.parameters()]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights)):
-        return False
+    if torch.is_grad_enabled():
+        layers = [a for a in args if isinstance(a, nn.Module)]
+        weights = [parameter for layer in layers for parameter in layer.parameters()]
+        if any(t.requires_grad for t in (*tensors, *weights)):
+            return False
     # A mode wants to see PyTorch's operations: a tape would miss what a kernel writes.
     return _get_current_dispatch_mode() is None
 
