@@ -114,11 +114,11 @@ class Star:
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
         """Return the text states of N prompts: hidden (N, T, D), mask (N, T), pooled (N, D)."""
         with visiting(self.text_encoder, self.device) if self.short_of_memory else contextlib.nullcontext():
+            if self.text_replays is None:
+                return self.text_encoder.encode(prompts)
             try:
                 return self.text_encoder.encode(prompts, self.text_replays)
             except RuntimeError as error:
-                if self.text_replays is None:
-                    raise
                 # What transformers does in there is its own affair, and not always for a graph to hold.
                 _log.warning("the text encoder's work cannot be recorded, it is launched each time: %s", error)
                 self.text_replays = None
