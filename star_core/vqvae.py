@@ -226,6 +226,12 @@ class VQVAE(nn.Module):
         self.quant_conv = operations.Conv2d(config.code_width, config.code_width, 3, padding=1)
         self.post_quant_conv = operations.Conv2d(config.code_width, config.code_width, 3, padding=1)
 
+    def channels_last(self) -> VQVAE:
+        """Lay convolutions' weights out as pictures are: a GPU turns others at every call. Return self."""
+        for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv):
+            part.to(memory_format=LAYOUT)  # type: ignore[call-overload]  # torch's annotations lack it
+        return self
+
     def encode(self, pictures: Tensor) -> Tensor:
         """Return the features (B, D, H / f, W / f) of pictures (B, 3, H, W) in [-1, 1], not quantized.
 
