@@ -126,7 +126,7 @@ def build_networks(config: StarConfig, seed: int, dtype: torch.dtype, device: to
 def build_vqvae(config: StarConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> VQVAE:
     vqvae = build_on_meta(lambda: VQVAE(config.vqvae))
     randomise(vqvae, VQVAE_KEYS.official, seed=seed, dtype=dtype, device=device)
-    return vqvae.eval()
+    return vqvae.channels_last().eval() if torch.device(device).type == "cuda" else vqvae.eval()  # as loaded
 
 
 def write_model(

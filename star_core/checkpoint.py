@@ -176,7 +176,9 @@ def load_vqvae(
         )
     chosen = config or stored or VQVAEConfig()
     vqvae = build_on_meta(lambda: VQVAE(chosen, operations=operations))
-    return fill(vqvae, file, VQVAE_KEYS, source=str(path), dtype=dtype, device=device)
+    fill(vqvae, file, VQVAE_KEYS, source=str(path), dtype=dtype, device=device)
+    # A host's layers are the host's: it may keep and stream their weights as plain rows of numbers.
+    return vqvae.channels_last() if operations is nn and torch.device(device).type == "cuda" else vqvae
 
 
 def stored_vqvae_config(file: TensorFile) -> VQVAEConfig | None:

@@ -14,12 +14,31 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import VQVAEConfig
+from .kernels import fused
 from .quantizer import MultiScaleQuantizer
 from .slices import enlarged_conv, in_strips, norm_silu_conv, worth_slicing
 
 NORM_EPS = 1e-6
 LAYOUT = torch.channels_last
 """Of pictures and features: a quarter faster than channels first on CPUs (NOTES.md)."""
+
+
+@fused("norms.norm_silu")
+def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Return silu(norm(x)) of x (B, C, h, w)."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+@fused("norms.normalised")
+def normalised(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Return norm(x) of x (B, C, h, w)."""
+    return norm(x)  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
+
+
+@fused("wide.attended")
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return what queries (B, H, n, C) see of keys and values (B, H, N, C), as (B, H, n, C)."""
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class ResidualBlock(nn.Module):
@@ -44,8 +63,8 @@ class ResidualBlock(nn.Module):
         if worth_slicing(x):
             return self._in_strips(x)
         in_place = not torch.is_grad_enabled()
-        h: Tensor = self.conv1(F.silu(self.norm1(x), inplace=in_place))
-        h = F.silu(self.norm2(h), inplace=in_place)
+        h: Tensor = self.conv1(norm_silu(x, self.norm1))
+        h = norm_silu(h, self.norm2)
         h = self.conv2(h)
         shortcut: Tensor = self.shortcut(x)
         return shortcut.add_(h) if in_place else shortcut + h
@@ -69,8 +88,8 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to (B, C, h, w)."""
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (t c) h w -> t b 1 (h w) c", t=3)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = rearrange(self.qkv(normalised(x, self.norm)), "b (t c) h w -> t b 1 (h w) c", t=3)
+        mixed = attended(q, k, v)
         back = rearrange(mixed, "b 1 (h w) c -> b c h w", h=x.shape[2])
         projected: Tensor = self.proj(back)
         return x + projected
@@ -176,7 +195,7 @@ class Encoder(nn.Module):
         x = self.conv_in(pictures)
         for level in self.down:
             x = level(x)
-        features: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        features: Tensor = self.conv_out(norm_silu(self.mid(x), self.norm_out))
         return features
 
 
@@ -210,7 +229,7 @@ class Decoder(nn.Module):
             x = level(x)
         if worth_slicing(x):
             return norm_silu_conv(x, self.norm_out, self.conv_out, channels=3)
-        pictures: Tensor = self.conv_out(F.silu(self.norm_out(x), inplace=not torch.is_grad_enabled()))
+        pictures: Tensor = self.conv_out(norm_silu(x, self.norm_out))
         return pictures
 
 
@@ -225,6 +244,12 @@ class VQVAE(nn.Module):
         self.quantizer = MultiScaleQuantizer(config.codebook_size, config.code_width, operations=operations)
         self.quant_conv = operations.Conv2d(config.code_width, config.code_width, 3, padding=1)
         self.post_quant_conv = operations.Conv2d(config.code_width, config.code_width, 3, padding=1)
+
+    def channels_last(self) -> VQVAE:
+        """Lay convolutions' weights out as pictures are: a GPU turns others at every call. Return self."""
+        for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv):
+            part.to(memory_format=LAYOUT)  # type: ignore[call-overload]  # torch's annotations lack it
+        return self
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Return the features (B, D, H / f, W / f) of pictures (B, 3, H, W) in [-1, 1], not quantized.

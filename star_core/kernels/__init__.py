@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
@@ -28,7 +27,7 @@ DEVICES = ("cuda",)
 
 _log = logging.getLogger(__name__)
 _wanted: ContextVar[bool] = ContextVar("wanted", default=True)
-_given_up = threading.Event()
+_given_up: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -41,9 +40,9 @@ def references_only() -> Iterator[None]:
         _wanted.reset(before)
 
 
-def given_up() -> bool:
-    """Whether a kernel could not be built, so that this process runs the references from then on."""
-    return _given_up.is_set()
+def given_up() -> tuple[str, ...]:
+    """Return the kernels that could not be built: this process runs their references from then on."""
+    return tuple(sorted(_given_up))
 
 
 def fused(
@@ -58,7 +57,7 @@ def fused(
     def mark(reference: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(reference)
         def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            made: Result | None = _by_kernel(kernel, args, kwargs) if _may_take(args) else None
+            made: Result | None = _by_kernel(kernel, args, kwargs) if _may_take(kernel, args) else None
             return reference(*args, **kwargs) if made is None else made
 
         return run
@@ -66,10 +65,10 @@ def fused(
     return mark
 
 
-def _may_take(args: Sequence[object]) -> bool:
-    """Whether kernels are there for a call with these arguments."""
+def _may_take(kernel: str, args: Sequence[object]) -> bool:
+    """Whether a kernel is there for a call with these arguments."""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if not tensors or tensors[0].device.type not in DEVICES or _given_up.is_set() or not _wanted.get():
+    if not tensors or tensors[0].device.type not in DEVICES or kernel in _given_up or not _wanted.get():
         return False
     if torch.is_grad_enabled():
         layers = [a for a in args if isinstance(a, nn.Module)]
@@ -98,8 +97,8 @@ def _by_kernel(kernel: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     except Exception as error:
         # No compiler, an old GPU, another Triton: builds fail in more ways than can be named, and none of them
         # is the user's affair, since the reference gives the same picture.
-        _given_up.set()
+        _given_up.add(kernel)
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
         level = logging.INFO if missing else logging.WARNING
-        _log.log(level, "No fused kernels, PyTorch's operations serve instead: %s: %s", kernel, error)
+        _log.log(level, "No fused kernel %s, PyTorch's operations serve instead: %s", kernel, error)
         return None
