@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 EXACT = ("head",)
 """Names of layers that keep their weights."""
-LEAST_ROWS = {"cpu": 1, "cuda": 17}
-"""Tokens that a device's byte product wants at least: fewer are filled up with zeros, so that a token's result
-does not depend on how many there are."""
+ROWS = {"cpu": (1, 1), "cuda": (24, 8)}
+"""How many tokens a device's byte product takes: at least, and a multiple of what. They are filled up with
+zeros, so that a token's result does not depend on how many there are."""
 MULTIPLE = 8
 """Sides of a matrix that the byte kernels take."""
 
@@ -52,7 +52,7 @@ class Int8Linear(nn.Module):
 
     def _has_bytes(self, rows: Tensor) -> bool:
         fits = self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
-        return fits and rows.device.type in LEAST_ROWS and hasattr(torch, "_int_mm")
+        return fits and rows.device.type in ROWS and hasattr(torch, "_int_mm")
 
 
 def _by_bytes(rows: Tensor, weight: Tensor) -> Tensor:
@@ -60,8 +60,9 @@ def _by_bytes(rows: Tensor, weight: Tensor) -> Tensor:
     exact = rows.float()
     step = exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
     rounded = (exact / step).round_().to(torch.int8)
-    lacking = LEAST_ROWS[rows.device.type] - len(rows)
-    if lacking > 0:
+    least, multiple = ROWS[rows.device.type]
+    lacking = max(least - len(rows), -len(rows) % multiple)
+    if lacking:
         rounded = F.pad(rounded, (0, 0, 0, lacking))
     sums: Tensor = torch._int_mm(rounded, weight.t())
     return sums[: len(rows)].float().mul_(step)
