@@ -34,6 +34,8 @@ ALLOWED = {
     "kernels/__init__": set(),
     "kernels/attention": {"attention", "rope"},
     "kernels/sampling": {"sampling"},
+    "kernels/rounding": {"fp8"},
+    "fp8": {"kernels"},
     "sampling": {"kernels", "transfer"},
     "attention": {"kernels", "rope"},
     "quantizer": {"config"},

@@ -143,6 +143,9 @@ TYPES = {
     **dict.fromkeys(("logits", "uniform", "confidence", "conditional", "unconditional", "guided"), "*fp32"),
     **dict.fromkeys(("sharpness", "dropped", "towards", "away"), "fp32"),
     "drawn": "*i64",
+    "rows": "*bf16",
+    "rounded": "*fp8e4nv",
+    "scale": "*fp32",
 }
 """What the kernels' arguments are where they are no int32."""
 BUILDS = {
@@ -150,6 +153,7 @@ BUILDS = {
     "attention._cross_queries": {"head_width": 64, "block": 32},
     "sampling._draw": {"block": 4096, "by_count": True, "by_mass": True},
     "sampling._guide": {"block": 2048},
+    "rounding._round_rows": {"block": 8192},
 }
 
 
