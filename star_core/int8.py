@@ -1,21 +1,17 @@
-"""8-bit weights: linear layers with a byte per weight, a fast mode that the loader switches on.
+"""Weights in bytes: linear layers with an 8-bit integer per weight, a fast mode that the loader switches on.
 
 Every output channel has its own scale, so that its largest weight becomes 127; activations are rounded to 8
 bits token by token while they are multiplied (W8A8), where the processor multiplies bytes faster than halves.
-Where it does not, the weights are made whole again for each product. The heads, whose logits decide tokens,
-stay as they are. What it gains and costs is measured in NOTES.md.
+Where it does not, the weights are made whole again for each product. What it gains and costs is measured in
+NOTES.md: on a GPU memory, not time.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EXACT = ("head",)
-"""Names of layers that keep their weights."""
 ROWS = {"cpu": (1, 1), "cuda": (24, 8)}
 """How many tokens a device's byte product takes: at least, and a multiple of what. They are filled up with
 zeros, so that a token's result does not depend on how many there are."""
@@ -66,17 +62,3 @@ def _by_bytes(rows: Tensor, weight: Tensor) -> Tensor:
         rounded = F.pad(rounded, (0, 0, 0, lacking))
     sums: Tensor = torch._int_mm(rounded, weight.t())
     return sums[: len(rows)].float().mul_(step)
-
-
-def quantize_linears(module: nn.Module, layer: Callable[[nn.Linear], nn.Module] = Int8Linear) -> nn.Module:
-    """Replace the linear layers below a module, heads apart, one at a time; return the module.
-
-    layer: what to make of each, `Int8Linear` or `fp8.Float8Linear`.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            if name not in EXACT:
-                setattr(module, name, layer(child))
-        else:
-            quantize_linears(child, layer)
-    return module

@@ -36,6 +36,8 @@ ALLOWED = {
     "kernels/sampling": {"sampling"},
     "kernels/rounding": {"fp8"},
     "fp8": {"kernels"},
+    "int8": set(),
+    "eight_bit": {"fp8", "int8"},
     "sampling": {"kernels", "transfer"},
     "attention": {"kernels", "rope"},
     "quantizer": {"config"},
