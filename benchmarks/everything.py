@@ -41,7 +41,7 @@ ON_A_CPU = tuple(
 ON_A_GPU = (
     Benchmark("against_official", 170, ("--sizes", "d30-1024", "d30-1024-sampler")),
     # What a mode costs does not depend on the machine: NOTES.md has it.
-    Benchmark("fast_modes", 75, ("--no-cost",)),
+    Benchmark("fast_modes", 75, ("--no-cost", "--seconds", "55")),
     Benchmark("low_memory", 60),
     Benchmark("scaling", 75),
     Benchmark("load", 120),

@@ -1,15 +1,18 @@
 """What every fast mode gains, on random weights of a released shape, and costs, on the shipped model.
 
-    python benchmarks/fast_modes.py [--size d16-256] [--dtype bfloat16]
+    python benchmarks/fast_modes.py [--size d16-256] [--dtype bfloat16] [--seconds 60]
 
 Gain: seconds per picture against the exact mode, in turn on one machine. Cost, at equal seeds in float32: the
 largest and the mean difference of a scale's guided logits after the exact mode's scales before it, in standard
 deviations of those logits; the share of equal tokens when both run freely; PSNR of the pictures. KID and
 R-precision of a mode come from `python -m star_core evaluate --schedules ... --int8`. Prints the gain as one
-JSON line after every turn, and ends in one with the cost too.
+JSON line after every turn, and ends in one with the cost too. --seconds ends the gain between two pictures.
 
-With CUDA graphs every mode keeps its own, recorded in a first turn that is not timed; on a GPU too small for
-that they are recorded again before every timed picture.
+FP8 is timed only on GPUs with FP8 products. Its cost is measured everywhere; without the products the weights
+are made whole, so that it is then the cost of rounded weights alone, not of rounded activations too.
+
+A mode's first picture is not timed. With CUDA graphs every mode keeps its own, recorded then; on a GPU too
+small for that they are recorded again before every timed picture.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,32 +29,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from workbench import GIB, PROMPT, SIZES, build_star, config_of, machine, middle, report, settle, table
+from workbench import (
+    GIB,
+    PROMPT,
+    SIZES,
+    build_networks,
+    build_star,
+    config_of,
+    machine,
+    middle,
+    report,
+    settle,
+    table,
+)
 
 import star_core.generate
 from star_core.canvas import Canvas
+from star_core.eight_bit import quantize_linears
 from star_core.evaluation.sheet import load_prompts
+from star_core.fp8 import has_products
 from star_core.graphs import Replays
-from star_core.int8 import quantize_linears
 from star_core.presets import half_the_steps, on_last, read_schedule
 from star_core.request import Request, ScaleStep
 from star_core.schedule import ScaleSchedule
 from star_core.star import Options, Star, load
 
-HELD_BY_GRAPHS = 8 * GIB
-"""At most, of one mode at 1024 px: cache and scratch memory."""
+HELD_BY_GRAPHS = 6 * GIB
+"""At most, of one mode at 1024 px: 2.3 of cache, the rest is scratch memory, most of it int8's."""
 
 Change = Callable[[ScaleSchedule], ScaleSchedule]
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A named way to draw: what it changes of a schedule, and whether weights have 8 bits."""
+    """A named way to draw: what it changes of a schedule, and which 8-bit weights it has."""
 
     name: str
     base: str
     change: Change
-    int8: bool = False
+    eight_bit: str | None = None
 
 
 def unguided(last: int) -> Change:
@@ -81,14 +98,17 @@ def modes(*, sampler: bool) -> list[Mode]:
         Mode("prune 0.5, last scale", "official-512", pruned(0.5)),
         Mode("prune 0.4 0.5, last 2 scales", "official-512", pruned(0.4, 0.5)),
         Mode("fast", "fast", same),
-        Mode("int8", "official-512", same, int8=True),
-        Mode("fast, int8", "fast", same, int8=True),
+        Mode("int8", "official-512", same, eight_bit="int8"),
+        Mode("fast, int8", "fast", same, eight_bit="int8"),
+        Mode("fp8", "official-512", same, eight_bit="fp8"),
+        Mode("fast, fp8", "fast", same, eight_bit="fp8"),
     ]
     refined = [
         Mode("exact, sampler", "official-1024", same),
         Mode("half the sampler's steps", "official-1024", half_the_steps),
         Mode("sampler, unguided last 2 scales", "official-1024", unguided(2)),
         Mode("fast-1024", "fast-1024", same),
+        Mode("fast-1024, fp8", "fast-1024", same, eight_bit="fp8"),
     ]
     return plain + refined if sampler else plain
 
@@ -97,53 +117,76 @@ def modes(*, sampler: bool) -> list[Mode]:
 
 
 def time_modes(
-    size: str, dtype: torch.dtype, device: torch.device, rounds: int, *, graphs: bool
+    size: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    *,
+    graphs: bool,
+    names: Sequence[str] | None = None,
+    seconds: float = math.inf,
 ) -> Iterator[dict[str, dict[str, Any]]]:
     """Draw with every mode in turn; yield after each turn seconds and the ratio to the exact mode of its kind.
 
-    A mode that fails is yielded with its error, and left out from then on.
+    A mode that fails is yielded with its error, and left out from then on. names: of these modes alone.
     """
+    end = time.monotonic() + seconds
     config = config_of(size)
+    every = [
+        mode
+        for mode in modes(sampler=config.transformer.has_sampler)
+        if (names is None or mode.name in names) and (mode.eight_bit != "fp8" or has_products(device))
+    ]
     exact = build_star(config, 0, dtype, device)
-    small = build_star(config, 0, dtype, device)
-    quantize_linears(small.transformer)
-    if small.causal_sampler is not None:
-        quantize_linears(small.causal_sampler)
-    every = modes(sampler=config.transformer.has_sampler)
-    seconds: dict[str, list[float]] = {mode.name: [] for mode in every}
-    stars = {mode.name: copy.copy(small if mode.int8 else exact) for mode in every}
+    by_weights = {None: exact}
+    for eight_bit in dict.fromkeys(mode.eight_bit for mode in every if mode.eight_bit):
+        networks = quantize_linears(build_networks(config, 0, dtype, device), eight_bit)
+        by_weights[eight_bit] = with_networks(exact, networks)
+    took: dict[str, list[float]] = {mode.name: [] for mode in every}
+    stars = {mode.name: copy.copy(by_weights[mode.eight_bit]) for mode in every}
     roomy = graphs and torch.cuda.mem_get_info(device)[0] > len(every) * HELD_BY_GRAPHS
     shared = Replays[Canvas]() if graphs and not roomy else None
     for star in stars.values():
         star.replays = Replays() if roomy else shared
     errors: dict[str, str] = {}
-    for turn in range(rounds + 1):
+    for turn in range(1, rounds + 1):
         for mode in [mode for mode in every if mode.name not in errors]:
+            if time.monotonic() > end:
+                break
             schedule = mode.change(read_schedule(mode.base, config.maps))
             options = Options(seed=turn, schedule=schedule)
             try:
-                if shared is not None:  # those of the mode before are forgotten: recorded anew, not timed
+                if turn == 1 or shared is not None:  # those of the mode before are forgotten: recorded anew
                     stars[mode.name].draw([PROMPT], options=options)
                 settle(device)
                 began = time.perf_counter()
                 stars[mode.name].draw([PROMPT], options=options)
                 settle(device)
+                took[mode.name].append(time.perf_counter() - began)
             except RuntimeError as error:  # on a GPU, where one mode's kernels may be missing
                 errors[mode.name] = str(error)[:500]
-                continue
-            if turn:
-                seconds[mode.name].append(time.perf_counter() - began)
-        if turn:
-            yield {**_gains(every, seconds), **{name: {"error": words} for name, words in errors.items()}}
+        yield {**_gains(every, took), **{name: {"error": words} for name, words in errors.items()}}
+        if time.monotonic() > end:
+            return
 
 
-def _gains(every: Sequence[Mode], seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    found = {}
+def _gains(every: Sequence[Mode], took: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Return the middle of each mode's seconds, and of its ratios to the exact one where that was drawn."""
+    found: dict[str, dict[str, Any]] = {}
     for mode in every:
-        plain = seconds["exact, sampler" if "1024" in mode.base else "exact"]
-        if ratios := [a / b for a, b in zip(plain, seconds[mode.name], strict=False)]:
-            found[mode.name] = {"seconds": middle(seconds[mode.name]), "faster_by": middle(ratios, digits=2)}
+        if took[mode.name]:
+            found[mode.name] = {"seconds": middle(took[mode.name])}
+        plain = took.get("exact, sampler" if "1024" in mode.base else "exact", [])
+        if ratios := [a / b for a, b in zip(plain, took[mode.name], strict=False)]:
+            found[mode.name]["faster_by"] = middle(ratios, digits=2)
     return found
+
+
+def with_networks(star: Star, networks: Any) -> Star:
+    """Return a model with other networks, and the same VQ-VAE and text encoder."""
+    other = copy.copy(star)
+    other.transformer, other.causal_sampler = networks.transformer, networks.causal_sampler
+    return other
 
 
 # The cost
@@ -183,41 +226,63 @@ def psnr(ours: Tensor, theirs: Tensor) -> float:
     return float((-10 * errors.clamp_min(1e-6).log10()).mean())
 
 
-def cost_of_modes(count: int, seed: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Draw the sheet's prompts with the shipped model by every mode; compare with the exact one."""
+@dataclass(frozen=True)
+class Drawn:
+    """What the exact mode drew, and the logits of each scale."""
+
+    steps: tuple[ScaleStep, ...]
+    pictures: Tensor
+    logits: list[Tensor]
+
+
+def cost_of_modes(count: int, seed: int, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Draw the sheet's prompts with the shipped model by every mode; compare with the exact one.
+
+    A mode that fails is returned with its error.
+    """
     exact = load(device=device)
-    small = copy.copy(exact)
-    small.transformer = quantize_linears(copy.deepcopy(exact.transformer))
-    small.causal_sampler = quantize_linears(copy.deepcopy(exact.causal_sampler))
-    prompts = [entry.prompt for entry in load_prompts()][:count]
-    kept: dict[str, tuple[tuple[ScaleStep, ...], Tensor, list[Tensor]]] = {}
-    found = {}
     every = modes(sampler=exact.causal_sampler is not None)
+    by_weights = {None: exact}
+    for eight_bit in dict.fromkeys(mode.eight_bit for mode in every if mode.eight_bit):
+        by_weights[eight_bit] = load(device=device, eight_bit=eight_bit)
+    prompts = [entry.prompt for entry in load_prompts()][:count]
+    kept: dict[str, Drawn] = {}
+    found: dict[str, dict[str, Any]] = {}
     with Logits() as logits:
         for mode in every:
-            star = small if mode.int8 else exact
+            star = by_weights[mode.eight_bit]
             schedule = mode.change(read_schedule(mode.base, exact.config.maps))
             request = star.request(prompts, options=Options(seed=seed, schedule=schedule))
-            steps = tuple(star.run(request))
-            pictures = star.decode(steps[-1].f_hat)
             reference = "exact, sampler" if "1024" in mode.base else "exact"
-            if mode.name == reference:
-                own = [logits.of(star, request, steps[:scale]) for scale in range(len(steps))]
-                kept[mode.name] = steps, pictures, own
+            try:
+                steps = tuple(star.run(request))
+                pictures = star.decode(steps[-1].f_hat)
+                # The mode's logits after the exact scales before; the exact mode's own are those it drew from.
+                before = kept[reference].steps if reference in kept else steps
+                own = [logits.of(star, request, before[:scale]) for scale in range(len(steps))]
+            except RuntimeError as error:  # on a GPU, where one mode's kernels may be missing
+                found[mode.name] = {"error": str(error)[:500]}
                 continue
-            base_steps, base_pictures, base_logits = kept[reference]
-            errors, equal = [], []
-            for scale, theirs in enumerate(base_logits):
-                ours = logits.of(star, request, base_steps[:scale])
-                errors.append((ours - theirs).abs() / theirs.std())
-                equal.append((steps[scale].tokens == base_steps[scale].tokens).float().flatten())
-            found[mode.name] = {
-                "largest_logit_error": round(max(float(error.max()) for error in errors), 3),
-                "mean_logit_error": round(float(torch.cat([e.flatten() for e in errors]).mean()), 4),
-                "equal_tokens": round(float(torch.cat(equal).mean()), 3),
-                "psnr_db": round(psnr(pictures, base_pictures), 2),
-            }
+            drawn = Drawn(steps, pictures, own)
+            if mode.name == reference:
+                kept[reference] = drawn
+            else:
+                found[mode.name] = cost(drawn, kept[reference])
     return found
+
+
+def cost(ours: Drawn, exact: Drawn) -> dict[str, float]:
+    """Return the differences of what a mode drew from what the exact one did."""
+    pairs = list(zip(ours.logits, exact.logits, strict=True))
+    errors = torch.cat([((a - b).abs() / b.std()).flatten() for a, b in pairs])
+    steps = zip(ours.steps, exact.steps, strict=True)
+    equal = torch.cat([(a.tokens == b.tokens).float().flatten() for a, b in steps])
+    return {
+        "largest_logit_error": round(float(errors.max()), 3),
+        "mean_logit_error": round(float(errors.mean()), 4),
+        "equal_tokens": round(float(equal.mean()), 3),
+        "psnr_db": round(psnr(ours.pictures, exact.pictures), 2),
+    }
 
 
 def lines(times: dict[str, dict[str, float]], costs: dict[str, dict[str, float]]) -> Iterator[str]:
@@ -243,6 +308,9 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="d30-1024-sampler" if cuda else "d16-256")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for the gain; then it ends")
+    names = [mode.name for mode in modes(sampler=True)]
+    parser.add_argument("--modes", nargs="+", choices=names, metavar="NAME", help="of the gain, these alone")
     parser.add_argument("--prompts", type=int, default=48, help="of the sheet's prompts, for the cost")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -263,7 +331,15 @@ def main() -> int:
         "seed": arguments.seed,
     }
     dtype = getattr(torch, arguments.dtype)
-    for times in time_modes(arguments.size, dtype, device, arguments.rounds, graphs=graphs):
+    for times in time_modes(
+        arguments.size,
+        dtype,
+        device,
+        arguments.rounds,
+        graphs=graphs,
+        names=arguments.modes,
+        seconds=arguments.seconds,
+    ):
         report({**found, "gain": times})
     found["gain"] = times
     costs = {} if arguments.no_cost else cost_of_modes(arguments.prompts, arguments.seed, device)

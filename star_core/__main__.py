@@ -77,7 +77,21 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help="which released model a bare state dict is")
     parser.add_argument("--device", default="", help="cpu, cuda, mps (default: the fastest there is)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--int8", action="store_true", help="fast mode: 8-bit weights (another picture)")
+    eight_bit = parser.add_mutually_exclusive_group()
+    eight_bit.add_argument(
+        "--int8",
+        dest="eight_bit",
+        action="store_const",
+        const="int8",
+        help="fast mode: 8-bit weights, half the memory (another picture); on a GPU not faster",
+    )
+    eight_bit.add_argument(
+        "--fp8",
+        dest="eight_bit",
+        action="store_const",
+        const="fp8",
+        help="fast mode: the same in 8-bit floats, for GPUs that multiply them (Ada, Hopper and later)",
+    )
     parser.add_argument(
         "--graphs", action="store_true", help="repeat scales as CUDA graphs: for many pictures on a GPU"
     )

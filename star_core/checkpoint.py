@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .causal_sampler import CausalSampler
 from .config import PRESETS, StarConfig, TransformerConfig, VQVAEConfig, preset
-from .int8 import quantize_linears
+from .eight_bit import quantize_linears
 from .key_tables import STAR_KEYS, VQVAE_KEYS
 from .transformer import Transformer
 from .vqvae import VQVAE
@@ -142,20 +142,22 @@ def load_networks(
     operations: ModuleType = nn,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    int8: bool = False,
+    eight_bit: str | None = None,
 ) -> tuple[StarConfig, Networks]:
     """Load transformer and causal sampler from a safetensors file, strictly.
 
-    int8: keep the linear layers' weights in 8 bits (`int8`), a fast mode that changes the picture.
+    eight_bit: keep the linear layers' weights in 8 bits, "int8" or "fp8" (`eight_bit`), a fast mode that
+    changes the picture.
     Raises ValueError naming file, key and remedy.
     """
     file = TensorFile(path)
     config = resolve_config(file, preset_name, overrides)
     networks = build_on_meta(lambda: Networks(config.transformer, operations=operations))
     # Rounded before it moves: the device never holds the whole weights.
-    fill(networks, file, STAR_KEYS, source=str(path), dtype=dtype, device="cpu" if int8 else device)
-    if int8:
-        quantize_linears(networks).to(device)
+    first = "cpu" if eight_bit else device
+    fill(networks, file, STAR_KEYS, source=str(path), dtype=dtype, device=first)
+    if eight_bit:
+        quantize_linears(networks, eight_bit).to(device)
     return config, networks
 
 

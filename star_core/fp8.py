@@ -2,7 +2,8 @@
 
 Every output channel has its own scale, and so has every token's activation, both so that the largest magnitude
 becomes the format's: what `int8` does with bytes, at twice the rate of bfloat16 products. Where a device has no
-such products the weights are made whole again for each. What it gains and costs is measured in NOTES.md.
+such products, or a layer no sides that they take, the weights are made whole again for each product: slow, and
+another rounding, since activations stay as they are. What it gains and costs is measured in NOTES.md.
 """
 
 from __future__ import annotations
@@ -11,13 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels import fused
+
 FORMAT = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest magnitude that e4m3 holds."""
+SMALLEST = 1e-12
+"""A row's largest magnitude counts as no less, so that zeros have a scale too."""
 MULTIPLE = 16
-"""Sides of a matrix that the FP8 kernels take."""
+"""Sides of a matrix, and tokens, that the FP8 products take; tokens are filled up with zeros."""
 LEAST_CAPABILITY = (8, 9)
 """CUDA's, of the first GPUs with FP8 products."""
+
+
+def has_products(device: torch.device) -> bool:
+    """Whether a device multiplies e4m3 matrices, with a scale for every row of both."""
+    if device.type != "cuda" or torch.version.hip is not None or not hasattr(torch, "_scaled_mm"):
+        return False
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 class Float8Linear(nn.Module):
@@ -39,31 +51,42 @@ class Float8Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         # A host that is short of memory may have left the layer behind, and knows nothing of its buffers.
         weight, scale = self.weight.to(x.device), self.scale.to(x.device)
-        bias = self.bias.to(x.device) if self.bias is not None else None
-        if self._has_products(rows):
-            made = _by_fp8(rows, weight, scale, bias)
-        else:
-            whole = weight.float().mul_(scale).to(x.dtype)
-            made = F.linear(rows, whole, bias.to(x.dtype) if bias is not None else None)
-        return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def _has_products(self, rows: Tensor) -> bool:
+        bias = None if self.bias is None else self.bias.to(x.device)
         fits = self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
-        return fits and rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= LEAST_CAPABILITY
+        product = _by_fp8 if fits and has_products(x.device) else _by_whole_weights
+        return product(rows, weight, scale, bias).to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows (m, n) in e4m3 and their scales (m, 1) in float32: rows = rounded * scale, nearly."""
-    exact = rows.float()
-    scale = exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
-    return (exact / scale).to(FORMAT), scale
+@fused("rounding.round_rows")
+def round_rows(rows: Tensor, *, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Return rows (m, n) in e4m3 and their scales (m, 1) in float32: rows = rounded * scale, nearly.
+
+    Rows of zeros are added until m is a multiple of `multiple`. Scaled by products alone, which round the same
+    way everywhere: torch divides by a number in one way on a CPU and in another on a GPU.
+    """
+    exact, lacking = rows.float(), -len(rows) % multiple
+    if lacking:
+        exact = F.pad(exact, (0, 0, 0, lacking))
+    scale = exact.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST) * (1 / LARGEST)
+    return (exact * scale.reciprocal()).to(FORMAT), scale
 
 
 def _by_fp8(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return rows (m, in) times weights (out, in) with scales (out, 1), as bfloat16 (m, out)."""
-    rounded, step = round_rows(rows)
-    half = bias.to(torch.bfloat16) if bias is not None else None
+    rounded, step = round_rows(rows, multiple=MULTIPLE)
     product: Tensor = torch._scaled_mm(
-        rounded, weight.t(), step, scale.t(), bias=half, out_dtype=torch.bfloat16, use_fast_accum=True
+        rounded,
+        weight.t(),
+        scale_a=step,
+        scale_b=scale.t(),
+        bias=None if bias is None else bias.to(torch.bfloat16),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
     )
-    return product
+    return product[: len(rows)]
+
+
+def _by_whole_weights(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the same in the dtype of the rows, which are not rounded."""
+    whole = weight.float().mul_(scale).to(rows.dtype)
+    return F.linear(rows, whole, None if bias is None else bias.to(rows.dtype))

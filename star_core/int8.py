@@ -1,24 +1,20 @@
-"""8-bit weights: linear layers with a byte per weight, a fast mode that the loader switches on.
+"""Weights in bytes: linear layers with an 8-bit integer per weight, a fast mode that the loader switches on.
 
 Every output channel has its own scale, so that its largest weight becomes 127; activations are rounded to 8
 bits token by token while they are multiplied (W8A8), where the processor multiplies bytes faster than halves.
-Where it does not, the weights are made whole again for each product. The heads, whose logits decide tokens,
-stay as they are. What it gains and costs is measured in NOTES.md.
+Where it does not, the weights are made whole again for each product. What it gains and costs is measured in
+NOTES.md: on a GPU memory, not time.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EXACT = ("head",)
-"""Names of layers that keep their weights."""
-LEAST_ROWS = {"cpu": 1, "cuda": 17}
-"""Tokens that a device's byte product wants at least: fewer are filled up with zeros, so that a token's result
-does not depend on how many there are."""
+ROWS = {"cpu": (1, 1), "cuda": (24, 8)}
+"""How many tokens a device's byte product takes: at least, and a multiple of what. They are filled up with
+zeros, so that a token's result does not depend on how many there are."""
 MULTIPLE = 8
 """Sides of a matrix that the byte kernels take."""
 
@@ -52,7 +48,7 @@ class Int8Linear(nn.Module):
 
     def _has_bytes(self, rows: Tensor) -> bool:
         fits = self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
-        return fits and rows.device.type in LEAST_ROWS and hasattr(torch, "_int_mm")
+        return fits and rows.device.type in ROWS and hasattr(torch, "_int_mm")
 
 
 def _by_bytes(rows: Tensor, weight: Tensor) -> Tensor:
@@ -60,22 +56,9 @@ def _by_bytes(rows: Tensor, weight: Tensor) -> Tensor:
     exact = rows.float()
     step = exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
     rounded = (exact / step).round_().to(torch.int8)
-    lacking = LEAST_ROWS[rows.device.type] - len(rows)
-    if lacking > 0:
+    least, multiple = ROWS[rows.device.type]
+    lacking = max(least - len(rows), -len(rows) % multiple)
+    if lacking:
         rounded = F.pad(rounded, (0, 0, 0, lacking))
     sums: Tensor = torch._int_mm(rounded, weight.t())
     return sums[: len(rows)].float().mul_(step)
-
-
-def quantize_linears(module: nn.Module, layer: Callable[[nn.Linear], nn.Module] = Int8Linear) -> nn.Module:
-    """Replace the linear layers below a module, heads apart, one at a time; return the module.
-
-    layer: what to make of each, `Int8Linear` or `fp8.Float8Linear`.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            if name not in EXACT:
-                setattr(module, name, layer(child))
-        else:
-            quantize_linears(child, layer)
-    return module

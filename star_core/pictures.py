@@ -16,6 +16,7 @@ from torch import Tensor
 RECIPE_KEY = "star"
 STRIP_GAP = 4
 DTYPES = ("float32", "bfloat16", "float16")
+EIGHT_BIT = ("int8", "fp8", None)
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Recipe:
     """What one picture was drawn from; the same recipe on the same checkpoint draws it again.
 
     `size` is (height, width) in pixels; `schedule` the text form; `model` the checkpoint's own name; `dtype`,
-    `int8` and `graphs` how it was loaded.
+    `eight_bit` and `graphs` how it was loaded.
     """
 
     prompt: str
@@ -34,7 +35,7 @@ class Recipe:
     size: tuple[int, int]
     model: str
     dtype: str = "float32"
-    int8: bool = False
+    eight_bit: str | None = None
     graphs: bool = False
 
     def to_json(self) -> str:
@@ -46,9 +47,15 @@ class Recipe:
         try:
             record = json.loads(text)
             height, width = record.pop("size")
+            # Older pictures say whether their weights were bytes, there was no other kind.
+            if record.pop("int8", False):
+                record["eight_bit"] = "int8"
             recipe = Recipe(size=(int(height), int(width)), **record)
-            if recipe.dtype not in DTYPES or not all(isinstance(b, bool) for b in (recipe.int8, recipe.graphs)):
-                raise ValueError(f"dtype {recipe.dtype!r}, int8 {recipe.int8!r}, graphs {recipe.graphs!r}")
+            known = recipe.dtype in DTYPES and recipe.eight_bit in EIGHT_BIT
+            if not known or not isinstance(recipe.graphs, bool):
+                raise ValueError(
+                    f"dtype {recipe.dtype!r}, eight_bit {recipe.eight_bit!r}, graphs {recipe.graphs!r}"
+                )
             return recipe
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a recipe of a picture ({error!s:.120}): {text:.120}") from error

@@ -81,7 +81,7 @@ def _plan_from_recipe(args: argparse.Namespace) -> SamplePlan:
     recipe = read_recipe(args.recipe)
     # Graphs are only a matter of rounding: a machine without a GPU draws the picture as near as it can.
     graphs = recipe.graphs and pick_device(args.device).type == "cuda"
-    loaded = {"dtype": recipe.dtype, "int8": recipe.int8, "graphs": graphs}
+    loaded = {"dtype": recipe.dtype, "eight_bit": recipe.eight_bit, "graphs": graphs}
     args = argparse.Namespace(**{**vars(args), **loaded})
     path = _png(args.out) if args.out else Path(args.folder or ".") / f"again-{args.recipe.name}"
     return SamplePlan(
@@ -180,7 +180,7 @@ def load_for(args: argparse.Namespace) -> Star:
         preset=args.preset,
         dtype=getattr(torch, args.dtype),
         device=pick_device(args.device),
-        int8=args.int8,
+        eight_bit=args.eight_bit,
         graphs=args.graphs,
         gpu_memory=None if args.gpu_memory is None else int(args.gpu_memory * 1e9),
     )
@@ -222,7 +222,7 @@ def _draw_batch(star: Star, plan: SamplePlan, jobs: Sequence[Job]) -> Iterator[P
             (height, width),
             star.config.name,
             plan.arguments.dtype,
-            plan.arguments.int8,
+            plan.arguments.eight_bit,
             plan.arguments.graphs,
         )
         save_png(image, job.path, recipe)

@@ -20,6 +20,7 @@ from .canvas import Canvas
 from .causal_sampler import CausalSampler
 from .checkpoint import load_networks, load_vqvae
 from .config import StarConfig, TokenMap, maps_for_size
+from .eight_bit import warn_where_slow
 from .generate import generate
 from .graphs import Replays
 from .presets import read_schedule
@@ -288,7 +289,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     text_dtype: torch.dtype = torch.float32,
-    int8: bool = False,
+    eight_bit: str | None = None,
     graphs: bool = False,
     gpu_memory: int | None = None,
 ) -> Star:
@@ -296,8 +297,10 @@ def load(
     transformer file beside such files, or the shipped model (None).
 
     vqvae, text_encoder and tokenizer name files elsewhere. preset is needed only where the transformer's
-    file does not say what it is. dtype is that of weights and activations, text_dtype the text encoder's. int8
-    keeps the weights of transformer and causal sampler in 8 bits, a fast mode that changes the picture.
+    file does not say what it is. dtype is that of weights and activations, text_dtype the text encoder's.
+    eight_bit keeps the weights of transformer and causal sampler in 8 bits, a fast mode that changes the
+    picture: "int8" for any device, "fp8" for GPUs with FP8 products (Ada, Hopper and later; elsewhere it is
+    slow, which is warned of).
     graphs repeats scales as CUDA graphs, over texts of full length: other rounding, so that in half precision
     a token may change where two are about as likely. gpu_memory: draw a picture of the trained size within so
     many bytes of a GPU, beside the half gigabyte that CUDA keeps for itself: weights that find no room lie in
@@ -306,13 +309,16 @@ def load(
     """
     files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)
     device = torch.device(device)
-    if gpu_memory is not None and (device.type != "cuda" or graphs or int8):
+    if gpu_memory is not None and (device.type != "cuda" or graphs or eight_bit):
         raise ValueError(
-            f"gpu_memory is for a GPU, without graphs and int8 (device {device}, graphs {graphs}, int8 {int8}):"
-            " leave it out, or them"
+            f"gpu_memory is for a GPU, without graphs and 8-bit weights (device {device}, graphs {graphs},"
+            f" eight_bit {eight_bit}): leave it out, or them"
         )
     place = device if gpu_memory is None else torch.device("cpu")
-    config, networks = load_networks(files.star, preset_name=preset, dtype=dtype, device=place, int8=int8)
+    config, networks = load_networks(
+        files.star, preset_name=preset, dtype=dtype, device=place, eight_bit=eight_bit
+    )
+    warn_where_slow(eight_bit, device)
     picture_network = load_vqvae(files.vqvae, config.vqvae, dtype=dtype, device=device)
     encoder = load_text_encoder(
         files.text_encoder,

@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, default=Path("build/eval"), help="features of real pictures")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--int8", action="store_true", help="8-bit weights, a fast mode")
+    eight_bit = parser.add_mutually_exclusive_group()
+    for name, what in (("int8", "bytes"), ("fp8", "8-bit floats, for GPUs that multiply them")):
+        text = f"8-bit weights, a fast mode: {what}"
+        eight_bit.add_argument(f"--{name}", dest="eight_bit", action="store_const", const=name, help=text)
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE", help="draw the 48 fixed prompts by the last schedule"
     )
@@ -99,8 +102,8 @@ def marked(file: Path) -> str:
 
 def _artist(args: argparse.Namespace) -> Artist:
     """Return the model that --model names, the shipped one without it."""
-    star = load(args.model, dtype=getattr(torch, args.dtype), device=args.device, int8=args.int8)
-    loaded = [args.dtype] * (args.dtype != "float32") + ["int8"] * args.int8
+    star = load(args.model, dtype=getattr(torch, args.dtype), device=args.device, eight_bit=args.eight_bit)
+    loaded = [args.dtype] * (args.dtype != "float32") + ([args.eight_bit] if args.eight_bit else [])
     return StarArtist(star, args.size, ", ".join([star.config.name, *loaded]))
 
 

@@ -169,18 +169,43 @@ def test_a_fast_mode_that_fails_does_not_stop_the_others(monkeypatch: pytest.Mon
             fast_modes.Mode("broken", "official-512", fast_modes.unguided(1)),
         ],
     )
-    original = fast_modes.Star.draw
+    original = fast_modes.Star.run
 
-    def draw(star: object, prompts: object, options: object) -> torch.Tensor:
-        if options.schedule.scales[-1].unguided:
+    def run(star: object, request: object) -> object:
+        if request.schedule.scales[-1].unguided:
             raise RuntimeError("no such kernel")
-        return original(star, prompts, options=options)
+        return original(star, request)
 
-    monkeypatch.setattr(fast_modes.Star, "draw", draw)
+    monkeypatch.setattr(fast_modes.Star, "run", run)
     *_, found = fast_modes.time_modes("d16-256", torch.float32, CPU, 2, graphs=False)
     assert found["broken"] == {"error": "no such kernel"}
     assert found["exact"]["faster_by"] == 1
     assert "broken" in "\n".join(fast_modes.lines(found, {}))
+    costs = fast_modes.cost_of_modes(1, 1, CPU)
+    assert costs == {"broken": {"error": "no such kernel"}}
+
+
+def test_modes_are_timed_until_the_time_is_up_and_fp8_only_where_there_are_products(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    shipped = load()
+    monkeypatch.setattr(fast_modes, "config_of", lambda size: shipped.config)
+    monkeypatch.setattr(fast_modes, "build_star", lambda *_: shipped)
+    monkeypatch.setattr(fast_modes, "build_networks", lambda *_: two_layers())
+    monkeypatch.setattr(fast_modes.Star, "draw", lambda *_, **__: time.sleep(0.001))
+
+    def two_layers() -> torch.nn.Module:
+        return torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("transformer", "causal_sampler")})
+
+    def found(**options: object) -> list[dict]:
+        return list(fast_modes.time_modes("d16-256", torch.float32, CPU, 2, graphs=False, **options))
+
+    names = ["exact", "int8", "fp8"]
+    assert [set(turn) for turn in found(names=names)] == [{"exact", "int8"}] * 2
+    assert found(names=names, seconds=0) == [{}]
+    assert [set(turn["int8"]) for turn in found(names=["int8"])] == [{"seconds"}] * 2
+    monkeypatch.setattr(fast_modes, "has_products", lambda device: True)
+    assert [set(turn) for turn in found(names=names)] == [{*names}] * 2
 
 
 def test_convolutions_are_exact_only_where_pictures_are_compared():
@@ -289,7 +314,8 @@ def test_every_fast_mode_is_another_schedule_than_the_exact_one():
     for mode in fast_modes.modes(sampler=True):
         changed = mode.change(named_schedule(mode.base, maps))
         exact = named_schedule("official-1024" if "1024" in mode.base else "official-512", maps)
-        assert (changed == exact) == (mode.name.startswith("exact") or mode.name == "int8"), mode.name
+        same = mode.name.startswith("exact") or mode.name == mode.eight_bit
+        assert (changed == exact) == same, mode.name
 
 
 def test_costs_are_measured_against_the_exact_picture():

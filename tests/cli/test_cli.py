@@ -17,7 +17,7 @@ from star_core import slices, vqvae
 from star_core.__main__ import main
 from star_core.checkpoint import Networks, save_networks
 from star_core.config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
-from star_core.pictures import read_recipe, save_png
+from star_core.pictures import Recipe, read_recipe, save_png
 from star_core.vqvae import VQVAE
 from star_core.weights import save_vqvae
 
@@ -96,15 +96,34 @@ def test_a_picture_is_drawn_again_from_its_own_recipe(sample, tmp_path):
         assert read_recipe(again) == read_recipe(picture)
 
 
-def test_int8_draws_another_picture_and_its_recipe_knows(sample, tmp_path):
-    paths = {name: tmp_path / f"{name}.png" for name in ("exact", "int8", "again")}
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_8_bit_weights_draw_another_picture_and_its_recipe_knows(sample, tmp_path, name):
+    paths = {kind: tmp_path / f"{kind}.png" for kind in ("exact", "small", "again")}
     assert sample("cat", "--seed", 2, "--out", paths["exact"])[0] == 0
-    assert sample("cat", "--seed", 2, "--int8", "--out", paths["int8"])[0] == 0
-    assert pixels(paths["int8"]) != pixels(paths["exact"])
-    assert sample("--recipe", paths["int8"], "--out", paths["again"])[0] == 0
-    assert pixels(paths["again"]) == pixels(paths["int8"])
-    assert read_recipe(paths["int8"]).int8
-    assert not read_recipe(paths["exact"]).int8
+    assert sample("cat", "--seed", 2, f"--{name}", "--out", paths["small"])[0] == 0
+    assert pixels(paths["small"]) != pixels(paths["exact"])
+    assert sample("--recipe", paths["small"], "--out", paths["again"])[0] == 0
+    assert pixels(paths["again"]) == pixels(paths["small"])
+    assert read_recipe(paths["small"]).eight_bit == name
+    assert read_recipe(paths["again"]).eight_bit == name
+    assert read_recipe(paths["exact"]).eight_bit is None
+
+
+def test_int8_and_fp8_exclude_each_other(sample, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sample("cat", "--int8", "--fp8")
+    assert "--fp8: not allowed with argument --int8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bytes_", [True, False])
+def test_an_older_recipe_says_whether_weights_were_bytes(sample, tmp_path, bytes_):
+    recipe = dataclasses.asdict(Recipe("cat", "", 2, 0, "top_k 5", (16, 16), "tiny"))
+    del recipe["eight_bit"]
+    older = Recipe.from_json(json.dumps({**recipe, "int8": bytes_}))
+    assert older.eight_bit == ("int8" if bytes_ else None)
+    save_png(Image.new("RGB", (16, 16)), tmp_path / "older.png", older)
+    assert sample("--recipe", tmp_path / "older.png", "--out", tmp_path / "again.png")[0] == 0
+    assert read_recipe(tmp_path / "again.png").eight_bit == older.eight_bit
 
 
 def test_low_memory_draws_the_same_picture_in_strips(sample, tmp_path, monkeypatch):
@@ -126,8 +145,6 @@ def test_a_limit_of_gpu_memory_wants_a_gpu(sample, tmp_path):
 
 
 def test_a_recipe_with_a_precision_that_is_none_is_refused(sample, tmp_path):
-    from star_core.pictures import Recipe
-
     path = tmp_path / "odd.png"
     save_png(Image.new("RGB", (4, 4)), path, Recipe("a", "", 1, 0, "top-k", (16, 16), "tiny", "load"))
     code, _, error = sample("--recipe", path, "--out", tmp_path / "b.png")

@@ -162,6 +162,7 @@ TYPES = {
     "drawn": "*i64",
 }
 """What the kernels' arguments are where they are no int32."""
+OWN_TYPES = {"rounding._round_rows": {"rows": "*bf16", "rounded": "*fp8e4nv", "scale": "*fp32"}}
 BUILDS = {
     "attention._self_heads": {"head_width": 64, "block": 32, "together": 3, "turns_by_row": True},
     "attention._cross_queries": {"head_width": 64, "block": 32},
@@ -172,6 +173,7 @@ BUILDS = {
     "norms._put_together": {"channels": 160, "each": 5, "fold": 4, "lanes": 32, "own": 8, "block": 64},
     "norms._applied": {"width": 640, "channels": 160, "chunk": 128, "block": 32, "activate": True},
     "wide._softmax": {"block": 4096},
+    "rounding._round_rows": {"block": 8192},
 }
 WHOLE_PICTURES = ("norms._moments", "norms._applied")
 """Kernels whose speed is that of memory: every number of a picture comes in a piece of 16 bytes."""
@@ -187,8 +189,9 @@ def test_the_kernels_compile_for_a_gpu(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = kernels._named(name)
     options = BUILDS[name]
+    known = {**TYPES, **OWN_TYPES.get(name, {})}
     types = {
-        argument: "constexpr" if argument in options else TYPES.get(argument, "i32")
+        argument: "constexpr" if argument in options else known.get(argument, "i32")
         for argument in kernel.arg_names
     }
     places = {(kernel.arg_names.index(argument),): value for argument, value in options.items()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from star_core import load
 from star_core.generate import generate
 from star_core.graphs import CudaGraph, Replays
+from star_core.int8 import Int8Linear
 from star_core.kernels import references_only
 from star_core.request import Request, ScaleStep
 from star_core.sampling import PictureSeed
@@ -239,9 +240,25 @@ def test_a_run_leaves_no_memory_on_the_gpu(
 
 
 def test_int8_runs_on_a_gpu(gpu: torch.device):
-    star = load(device=gpu, int8=True)
+    star = load(device=gpu, eight_bit="int8")
     picture = star.draw(["a red apple"], options=Options(seed=1))
     assert picture.std() > 0.05
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(32, 64), (64, 32), (1920, 7680), (7680, 1920)])
+def test_a_byte_product_takes_any_number_of_tokens_and_none_depends_on_it(
+    gpu: torch.device, inside: int, outside: int
+):
+    # cuBLAS refused 25 and 36 rows of 32 numbers: it wants a multiple of 8, and more than 16.
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(inside, outside).requires_grad_(False)
+    linear.weight.copy_(torch.randn(outside, inside, generator=generator))
+    x = torch.randn(100, inside, generator=generator)
+    on_cpu, on_gpu = Int8Linear(linear), Int8Linear(linear).to(gpu)
+    together = on_gpu(x.to(gpu))
+    torch.testing.assert_close(together.cpu(), on_cpu(x), atol=0.02 * inside**0.5, rtol=0)
+    for count in (1, 2, 16, 17, 20, 24, 25, 36, 99):
+        assert torch.equal(on_gpu(x[:count].to(gpu)), together[:count])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -45,11 +45,12 @@ def test_precision_is_the_weights_dtype(comfy, prompt, precision):
     assert len(ran.tokens()) == SCALES
 
 
-def test_int8_is_the_engine_with_8_bit_weights(comfy, prompt, models):
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_8_bit_precision_is_the_engine_with_8_bit_weights(comfy, prompt, models, precision):
     exact = comfy.run(prompt(seed=530)).tokens()
-    ran = comfy.run(prompt(seed=530).change("load", precision="int8"))
+    ran = comfy.run(prompt(seed=530).change("load", precision=precision))
     assert ran.tokens() != exact
-    small = load(models / "tiny", int8=True)
+    small = load(models / "tiny", eight_bit=precision)
     steps = small.generate(["a red apple"], options=Options(seed=530))
     assert ran.tokens() == [step.tokens.tolist() for step in steps]
 

@@ -1,0 +1,92 @@
+"""Models with 8-bit weights: which layers have them, what stays exact, and that nobody gets them unasked."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from star_core import eight_bit, pictures
+from star_core.eight_bit import FORMATS, quantize_linears, warn_where_slow
+from star_core.star import Options, load
+
+both = pytest.mark.parametrize("name", FORMATS)
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def rounded_layers(model: nn.Module, name: str) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, FORMATS[name])]
+
+
+@both
+def test_heads_and_everything_but_linear_layers_stay_exact(paired: object, name: str):
+    model = copy.deepcopy(paired.transformer)
+    before = sum(p.numel() for p in model.parameters())
+    quantize_linears(model, name)
+    kept = dict(model.named_parameters())
+    assert isinstance(model.head, nn.Linear)
+    assert torch.equal(kept["head.weight"], paired.transformer.head.weight)
+    assert torch.equal(kept["blocks.0.attn.log_scale"], paired.transformer.blocks[0].attn.log_scale)
+    assert not [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("head")]
+    rounded = rounded_layers(model, name)
+    assert all(m.weight.dtype == DTYPES[name] for m in rounded)
+    assert sum(m.weight.numel() for m in rounded) > 0.8 * before
+
+
+@both
+def test_a_model_with_8_bit_weights_draws_a_picture_like_the_exact_one(
+    paired: object, ask: Callable, make_schedule: Callable, name: str
+):
+    model = dataclasses.replace(
+        paired,
+        transformer=quantize_linears(copy.deepcopy(paired.transformer), name),
+        sampler=quantize_linears(copy.deepcopy(paired.sampler), name),
+    )
+    schedule = make_schedule("official", guidance=0.0)
+    exact, ours = paired.run(ask([1, 2], schedule)), model.run(ask([1, 2], schedule))
+    assert torch.equal(exact[0].tokens, ours[0].tokens)
+    same = torch.cat([(a.tokens == b.tokens).float().flatten() for a, b in zip(exact, ours, strict=True)])
+    assert 0.4 < same.mean() < 1
+
+
+@both
+def test_nobody_gets_8_bits_unasked(name: str):
+    star, small = load(), load(eight_bit=name)
+    assert not rounded_layers(star.transformer, name)
+    assert rounded_layers(small.transformer, name)
+    assert rounded_layers(small.causal_sampler, name)
+    assert not rounded_layers(small.text_encoder, name)
+    exact = star.draw(["red heart"], options=Options(seed=3))
+    rough = small.draw(["red heart"], options=Options(seed=3))
+    assert 0 < (exact - rough).abs().mean() < 0.2
+
+
+def test_a_format_that_is_none_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match="int8 or fp8, not 'int4'"):
+        load(eight_bit="int4")
+
+
+def test_the_formats_are_those_of_a_recipe():
+    assert {*FORMATS, None} == {*pictures.EIGHT_BIT}
+
+
+def test_fp8_without_products_is_warned_of_once_and_nothing_else_is(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    with caplog.at_level(logging.WARNING):
+        load(eight_bit="int8")
+        load()
+        assert not caplog.records
+        load(eight_bit="fp8")
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 1
+    assert "slow on cpu" in warned[0]
+    caplog.clear()
+    monkeypatch.setattr(eight_bit, "has_products", lambda device: True)
+    warn_where_slow("fp8", torch.device("cpu"))
+    assert not caplog.records
