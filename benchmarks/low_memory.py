@@ -122,6 +122,11 @@ def sample(star: Star) -> tuple[Tensor, Tensor]:
 def squeezed(star: Star, memory: int, device: torch.device) -> tuple[Star, StreamedBlocks | None]:
     """Return a model of the same parts, which leave the device as far as they must."""
     parts = parts_of(star)
+    # From the host, as `load` does it: what stays would otherwise hold the pieces of memory it was made in.
+    for module in (star.transformer, star.causal_sampler, star.vqvae, star.text_encoder.model):
+        if module is not None:
+            module.to("cpu")
+    give_back(device)
     streamed = parts.fit_into(memory, device)
     give_back(device)
     small = Star(

@@ -23,6 +23,12 @@ MULTIPLE = 16
 """Sides of a matrix, and tokens, that the FP8 products take; tokens are filled up with zeros."""
 LEAST_CAPABILITY = (8, 9)
 """CUDA's, of the first GPUs with FP8 products."""
+REFUSED = "NOT_SUPPORTED"
+"""What cuBLAS says of a shape that it has no kernel for."""
+MOST_PARTS = 8
+
+_PARTS: dict[tuple[int, ...], int] = {}
+"""Tokens, out and in of products that must be made in parts, and in how many: found out once."""
 
 
 def has_products(device: torch.device) -> bool:
@@ -48,7 +54,8 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out) in the dtype of x."""
-        rows = x.reshape(-1, self.in_features)
+        # Codes of one picture come turned on their side: the products want rows in one piece.
+        rows = x.reshape(-1, self.in_features).contiguous()
         # A host that is short of memory may have left the layer behind, and knows nothing of its buffers.
         weight, scale = self.weight.to(x.device), self.scale.to(x.device)
         bias = None if self.bias is None else self.bias.to(x.device)
@@ -72,18 +79,42 @@ def round_rows(rows: Tensor, *, multiple: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def _by_fp8(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return rows (m, in) times weights (out, in) with scales (out, 1), as bfloat16 (m, out)."""
+    """Return rows (m, in) times weights (out, in) with scales (out, 1), as (m, out) in bfloat16 or float32.
+
+    cuBLAS refuses some shapes (7680 to 1920 on an H200, not 4096 to 1024): those are made in two or more parts
+    of the sum, or, where it takes none, by whole weights.
+    """
     rounded, step = round_rows(rows, multiple=MULTIPLE)
-    product: Tensor = torch._scaled_mm(
-        rounded,
-        weight.t(),
-        scale_a=step,
-        scale_b=scale.t(),
-        bias=None if bias is None else bias.to(torch.bfloat16),
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-    return product[: len(rows)]
+    shape = len(rounded), *weight.shape
+    while (parts := _PARTS.get(shape, 1)) <= MOST_PARTS and not weight.shape[1] % (parts * MULTIPLE):
+        try:
+            return _summed(rounded, step, weight, scale, bias, parts)[: len(rows)]
+        except RuntimeError as error:
+            if REFUSED not in str(error):
+                raise
+            _PARTS[shape] = 2 * parts
+    return _by_whole_weights(rows, weight, scale, bias)
+
+
+def _summed(
+    rows: Tensor, step: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, parts: int
+) -> Tensor:
+    """Return the product of rounded rows (m, in), a sum of `parts` products over a share of `in` each."""
+    half = None if bias is None else bias.to(torch.bfloat16)
+    columns = zip(rows.chunk(parts, dim=1), weight.chunk(parts, dim=1), strict=True)
+    products: list[Tensor] = [
+        torch._scaled_mm(
+            left,
+            right.t(),
+            scale_a=step,
+            scale_b=scale.t(),
+            bias=half if number == 0 else None,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        for number, (left, right) in enumerate(columns)
+    ]
+    return products[0] if parts == 1 else torch.stack(products).sum(dim=0, dtype=torch.float32)
 
 
 def _by_whole_weights(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -67,6 +67,9 @@ class Recorder(Protocol):
     def ready(self) -> contextlib.AbstractContextManager[None]:
         """Be, in a with-block, where recordings are made and where work runs before them."""
 
+    def rest(self) -> None:
+        """Give back the scratch memory of work that ran before a recording."""
+
     def new(self) -> Recording:
         """Return a recording that has not begun."""
 
@@ -124,6 +127,10 @@ class CudaRecorder:
             with torch.cuda.stream(self._stream):
                 yield
             here.wait_stream(self._stream)
+
+    def rest(self) -> None:
+        """Give the device back what torch's allocator keeps of this stream: no other work would get it."""
+        torch.cuda.empty_cache()
 
     def new(self) -> CudaGraph:
         """Return a graph that is not captured yet."""
@@ -184,6 +191,9 @@ class Tapes:
         """Be where one is: tapes are made anywhere."""
         return contextlib.nullcontext()
 
+    def rest(self) -> None:
+        """Nothing: tapes keep their tensors."""
+
     def new(self) -> Tape:
         """Return an empty tape."""
         return Tape()
@@ -206,6 +216,7 @@ class Program(Generic[Result]):
         self._flags: list[Tensor | None] = []
         with recorder.ready():
             work(never)  # libraries have then what they make on first use
+            recorder.rest()
             with contextlib.ExitStack() as self._open:
                 self._begin()
                 self.result = work(self._cut)

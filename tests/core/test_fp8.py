@@ -25,6 +25,10 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     return float((ours - exact).norm() / exact.norm())
 
 
+LIMITS = {"sum": 10**6}
+"""The most numbers that the products of `asked` add up, under "sum"."""
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Give the CPU FP8 products that are as particular as CUDA's; return the rows that were asked for."""
@@ -44,8 +48,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert a.dtype == b.dtype == FORMAT
         assert k == k_too
         assert not [side for side in (m, n, k) if side % 16]
-        assert a.is_contiguous(), "rows lie in memory row by row"
-        assert b.t().is_contiguous(), "weights lie in memory column by column"
+        assert a.stride(1) == 1, "rows lie in memory row by row"
+        assert b.stride(0) == 1, "weights lie in memory column by column"
+        if k > LIMITS["sum"]:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLt")
         assert (scale_a.shape, scale_b.shape) == ((m, 1), (1, n))
         assert scale_a.dtype == scale_b.dtype == torch.float32
         assert scale_a.is_contiguous()
@@ -87,6 +93,39 @@ def test_tokens_are_filled_up_and_none_depends_on_how_many_there_are(asked: list
     for count in (1, 2, 16, 17, 40):
         assert torch.equal(ours(x[:count]), together[:count])
     assert asked == [48, 16, 16, 16, 32, 48]
+
+
+def test_a_shape_that_is_refused_is_computed_in_parts_or_else_by_whole_weights(
+    asked: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    linear, x = some_linear(512, 64), random(20, 512, seed=5)
+    ours = Float8Linear(linear)
+    whole = ours(x)
+    for limit, products in ((256, 2), (128, 4), (8, 0)):
+        monkeypatch.setattr(fp8, "_PARTS", {})
+        monkeypatch.setitem(LIMITS, "sum", limit)
+        for turn in range(2):
+            asked.clear()
+            made = ours(x)
+            assert relative_error(made, whole) < (0.01 if products else 0.05)
+            # What is refused is asked for once.
+            assert len(asked) == products, turn
+
+
+def test_another_error_of_a_product_is_told(asked: list[int], monkeypatch: pytest.MonkeyPatch):
+    def broken(*arguments: object, **options: object) -> Tensor:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "_scaled_mm", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Float8Linear(some_linear(32, 32))(random(2, 32))
+
+
+def test_codes_that_come_turned_are_laid_out_in_rows(asked: list[int]):
+    layer, codes = Float8Linear(some_linear(32, 64)), random(1, 32, 3, 3, seed=6)
+    turned = codes.permute(0, 2, 3, 1).reshape(1, 9, 32)
+    assert not turned[0].is_contiguous()
+    assert torch.equal(layer(turned), layer(turned.contiguous()))
 
 
 def test_sides_that_the_products_do_not_take_are_computed_by_whole_weights(asked: list[int]):
