@@ -1,9 +1,9 @@
 """Weights in bytes: linear layers with an 8-bit integer per weight, a fast mode that the loader switches on.
 
-Every output channel has its own scale, so that its largest weight becomes 127; activations are rounded to 8
-bits token by token while they are multiplied (W8A8), where the processor multiplies bytes faster than halves.
-Where it does not, the weights are made whole again for each product. What it gains and costs is measured in
-NOTES.md: on a GPU memory, not time.
+Every output channel has its own scale, so that its largest weight becomes 127. On a CPU activations are rounded
+to 8 bits token by token while they are multiplied (W8A8): it multiplies bytes faster than halves. Elsewhere the
+weights are made whole again for each product, which saves memory and takes time: on an H200 byte products took
+2.4 times as long as those of bfloat16 (NOTES.md).
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = {"cpu": (1, 1), "cuda": (24, 8)}
-"""How many tokens a device's byte product takes: at least, and a multiple of what. They are filled up with
-zeros, so that a token's result does not depend on how many there are."""
+BYTE_DEVICES = ("cpu",)
+"""Types of devices that multiply bytes faster than halves."""
 MULTIPLE = 8
 """Sides of a matrix that the byte kernels take."""
 
@@ -40,25 +39,28 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         # A host that is short of memory may have left the layer behind, and knows nothing of its buffers.
         weight, scale = self.weight.to(x.device), self.scale.to(x.device)
-        made = _by_bytes(rows, weight) if self._has_bytes(rows) else F.linear(rows.float(), weight.float())
-        made = made.mul_(scale)
+        made = _by_bytes(rows, weight, scale) if self._has_bytes(rows) else _by_whole(rows, weight, scale)
         if self.bias is not None:
             made += self.bias.to(x.device)
         return made.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _has_bytes(self, rows: Tensor) -> bool:
         fits = self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
-        return fits and rows.device.type in ROWS and hasattr(torch, "_int_mm")
+        return fits and rows.device.type in BYTE_DEVICES and hasattr(torch, "_int_mm")
 
 
-def _by_bytes(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return rows (m, in) times int8 weights (out, in), every row rounded to 8 bits, as float32 (m, out)."""
+def _by_bytes(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Return rows (m, in) times weights (out, in), every row rounded to 8 bits, as float32 (m, out)."""
     exact = rows.float()
     step = exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
     rounded = (exact / step).round_().to(torch.int8)
-    least, multiple = ROWS[rows.device.type]
-    lacking = max(least - len(rows), -len(rows) % multiple)
-    if lacking:
-        rounded = F.pad(rounded, (0, 0, 0, lacking))
     sums: Tensor = torch._int_mm(rounded, weight.t())
-    return sums[: len(rows)].float().mul_(step)
+    return sums.float().mul_(step).mul_(scale)
+
+
+def _by_whole(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Return the same from rows as they are, multiplied in their dtype."""
+    if rows.dtype == torch.float16:  # a sum of bytes would pass its largest number
+        whole = weight.float().mul_(scale.unsqueeze(1)).half()
+        return F.linear(rows, whole).float()
+    return F.linear(rows, weight.to(rows.dtype)).float().mul_(scale)
