@@ -1,6 +1,6 @@
 """All benchmarks one after the other, within a time limit, into one JSON line.
 
-    STAR_REFERENCE=path/to/STAR-T2I python benchmarks/everything.py [--minutes 4.5] [--out results.json]
+    STAR_REFERENCE=path/to/STAR-T2I python benchmarks/everything.py [--minutes 4.67] [--out results.json]
 
 For a machine that is at hand for minutes alone: what matters most runs first, none takes the others' time, what
 no longer fits is left out by name, what a benchmark had when its time was up is kept and marked unfinished, and

@@ -71,9 +71,9 @@ class StarLoad(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         "Number format of transformer and causal sampler. auto asks ComfyUI what the device"
-                        " computes best in. int8 and fp8 are fast modes: 8-bit weights, half the memory of"
-                        " bfloat16 and another picture. fp8 is faster than int8 on NVIDIA's Ada, Hopper and"
-                        " later GPUs, and slow on every other device. The VQ-VAE stays in float32 unless"
+                        " computes best in. int8 and fp8 are 8-bit weights: half the memory of bfloat16"
+                        " and another picture. int8 is faster on a CPU only; fp8 is for NVIDIA's Ada, Hopper"
+                        " and later GPUs, and slow on every other device. The VQ-VAE stays in float32 unless"
                         " ComfyUI was started with --fp16-vae or --bf16-vae; the text encoder is always"
                         " float32."
                     ),
@@ -189,7 +189,7 @@ def _files(checkpoint: str, text_encoder: str, vqvae: str) -> Any:
 def _transformer(file: Path, preset: str | None, precision: str) -> Any:
     """Return transformer and causal sampler in a precision, wrapped for ComfyUI."""
     from ..star_core.checkpoint import load_networks
-    from ..star_core.eight_bit import FORMATS, warn_where_slow
+    from ..star_core.eight_bit import FORMATS, check_device
 
     eight_bit = precision if precision in FORMATS else None
     dtype = host.transformer_dtype("auto" if eight_bit else precision, file.stat().st_size // 2)
@@ -197,7 +197,7 @@ def _transformer(file: Path, preset: str | None, precision: str) -> Any:
         file, preset_name=preset, operations=host.operations(), dtype=dtype, eight_bit=eight_bit
     )
     patcher = host.transformer_patcher(networks)
-    warn_where_slow(eight_bit, patcher.load_device)
+    check_device(eight_bit, patcher.load_device)
     return patcher
 
 

@@ -102,7 +102,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory",
         type=float,
         metavar="GB",
-        help="on a GPU: take no more; weights without room are copied when needed (same picture, slower)",
+        help="on a GPU: aim at so much for torch's tensors; weights without room are copied when needed (same"
+        " picture, slower)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -37,8 +37,13 @@ def quantize_linears(module: nn.Module, eight_bit: str) -> nn.Module:
     return module
 
 
-def warn_where_slow(eight_bit: str | None, device: torch.device) -> None:
-    """Say so where a device has to make FP8 weights whole for every product."""
+def check_device(eight_bit: str | None, device: torch.device) -> None:
+    """Say so where a device has to make FP8 weights whole for every product.
+
+    Raises ValueError for a device that cannot even hold them.
+    """
+    if eight_bit == "fp8" and device.type == "mps":
+        raise ValueError("fp8 cannot be had on mps, which knows no 8-bit floats: choose int8 or bfloat16")
     if eight_bit == "fp8" and not has_products(device):
         _log.warning(
             "fp8 is slow on %s, which has no FP8 products (NVIDIA's Ada, Hopper and later have): weights are"

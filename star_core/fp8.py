@@ -8,6 +8,9 @@ another rounding, since activations stay as they are. What it gains and costs is
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,15 +30,33 @@ REFUSED = "NOT_SUPPORTED"
 """What cuBLAS says of a shape that it has no kernel for."""
 MOST_PARTS = 8
 
-_PARTS: dict[tuple[int, ...], int] = {}
-"""Tokens, out and in of products that must be made in parts, and in how many: found out once."""
+_PARTS: dict[tuple[torch.device | int, ...], int] = {}
+"""Device, tokens, out and in of products that must be made in parts, and in how many: found out once."""
+
+_log = logging.getLogger(__name__)
 
 
 def has_products(device: torch.device) -> bool:
-    """Whether a device multiplies e4m3 matrices, with a scale for every row of both."""
+    """Whether a device, and this PyTorch on it, multiply e4m3 matrices with a scale for every row of both."""
     if device.type != "cuda" or torch.version.hip is not None or not hasattr(torch, "_scaled_mm"):
         return False
-    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return False
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return _has_rows_of_scales(torch.device("cuda", index))
+
+
+@functools.cache
+def _has_rows_of_scales(device: torch.device) -> bool:
+    """Try the smallest product: builds of PyTorch lack it for some GPUs or systems, and say so only then."""
+    side = torch.zeros(MULTIPLE, MULTIPLE, device=device).to(FORMAT)
+    scale = torch.ones(MULTIPLE, 1, device=device)
+    try:
+        found = _product(side, side, scale, scale, None)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        _log.info("no FP8 products on %s: %s", device, str(error).splitlines()[0])
+        return False
+    return isinstance(found, Tensor)
 
 
 class Float8Linear(nn.Module):
@@ -85,7 +106,7 @@ def _by_fp8(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) ->
     of the sum, or, where it takes none, by whole weights.
     """
     rounded, step = round_rows(rows, multiple=MULTIPLE)
-    shape = len(rounded), *weight.shape
+    shape = weight.device, len(rounded), *weight.shape
     while (parts := _PARTS.get(shape, 1)) <= MOST_PARTS and not weight.shape[1] % (parts * MULTIPLE):
         try:
             return _summed(rounded, step, weight, scale, bias, parts)[: len(rows)]
@@ -102,19 +123,25 @@ def _summed(
     """Return the product of rounded rows (m, in), a sum of `parts` products over a share of `in` each."""
     half = None if bias is None else bias.to(torch.bfloat16)
     columns = zip(rows.chunk(parts, dim=1), weight.chunk(parts, dim=1), strict=True)
-    products: list[Tensor] = [
-        torch._scaled_mm(
-            left,
-            right.t(),
-            scale_a=step,
-            scale_b=scale.t(),
-            bias=half if number == 0 else None,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
+    products = [
+        _product(left, right, step, scale, half if number == 0 else None)
         for number, (left, right) in enumerate(columns)
     ]
     return products[0] if parts == 1 else torch.stack(products).sum(dim=0, dtype=torch.float32)
+
+
+def _product(rows: Tensor, weight: Tensor, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return one product of e4m3 rows (m, k) and weights (n, k), with their scales (m, 1) and (n, 1)."""
+    product: Tensor = torch._scaled_mm(
+        rows,
+        weight.t(),
+        scale_a=step,
+        scale_b=scale.t(),
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return product
 
 
 def _by_whole_weights(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ nothing that the host computed meanwhile reaches the device, and no value comes 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
@@ -129,7 +130,7 @@ class CudaRecorder:
             here.wait_stream(self._stream)
 
     def rest(self) -> None:
-        """Give the device back what torch's allocator keeps of this stream: no other work would get it."""
+        """Give the device back what torch's allocator keeps unused: no other work would get this stream's."""
         torch.cuda.empty_cache()
 
     def new(self) -> CudaGraph:
@@ -253,7 +254,7 @@ class Replays(Generic[Kept]):
         self._shape: Hashable = None
         self._kept: Kept | None = None
         self._programs: dict[int, Program[Any]] = {}
-        self._busy = False
+        self._free = threading.Lock()
 
     @contextlib.contextmanager
     def opened(self, shape: Hashable, device: torch.device, make: Callable[[], Kept]) -> Iterator[Kept | None]:
@@ -261,10 +262,9 @@ class Replays(Generic[Kept]):
 
         None while another run has it. After an error nothing is kept; a run that is given up leaves all.
         """
-        if self._busy:
+        if not self._free.acquire(blocking=False):
             yield None
             return
-        self._busy = True
         try:
             if self._kept is None or shape != self._shape:
                 self.forget()
@@ -279,7 +279,7 @@ class Replays(Generic[Kept]):
             self.forget()
             raise
         finally:
-            self._busy = False
+            self._free.release()
 
     def forget(self) -> None:
         """Let go of memory and programs."""

@@ -24,7 +24,7 @@ class Recipe:
     """What one picture was drawn from; the same recipe on the same checkpoint draws it again.
 
     `size` is (height, width) in pixels; `schedule` the text form; `model` the checkpoint's own name; `dtype`,
-    `eight_bit` and `graphs` how it was loaded.
+    `eight_bit` and `graphs` how it was loaded. 8-bit products, and pictures by them, differ by kind of device.
     """
 
     prompt: str

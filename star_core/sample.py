@@ -79,8 +79,8 @@ def _plan_from_recipe(args: argparse.Namespace) -> SamplePlan:
     if args.prompts or args.prompts_file or args.count != 1:
         raise ValueError("--recipe brings its own prompt and seed: leave prompts and --count out")
     recipe = read_recipe(args.recipe)
-    # Graphs are only a matter of rounding: a machine without a GPU draws the picture as near as it can.
-    graphs = recipe.graphs and pick_device(args.device).type == "cuda"
+    # Graphs are only a matter of rounding: where they cannot be had the picture is drawn as near as can be.
+    graphs = recipe.graphs and args.gpu_memory is None and pick_device(args.device).type == "cuda"
     loaded = {"dtype": recipe.dtype, "eight_bit": recipe.eight_bit, "graphs": graphs}
     args = argparse.Namespace(**{**vars(args), **loaded})
     path = _png(args.out) if args.out else Path(args.folder or ".") / f"again-{args.recipe.name}"
@@ -194,8 +194,10 @@ def run_sample(plan: SamplePlan) -> Iterator[Path]:
             f"the recipe was drawn by {plan.model}, this checkpoint is {star.config.name}: name the"
             " right one with --checkpoint"
         )
-    for start in range(0, len(plan.jobs), PICTURES_PER_BATCH):
-        yield from _draw_batch(star, plan, plan.jobs[start : start + PICTURES_PER_BATCH])
+    # A limit of memory is reckoned for one picture at a time.
+    together = PICTURES_PER_BATCH if plan.arguments.gpu_memory is None else 1
+    for start in range(0, len(plan.jobs), together):
+        yield from _draw_batch(star, plan, plan.jobs[start : start + together])
 
 
 def _draw_batch(star: Star, plan: SamplePlan, jobs: Sequence[Job]) -> Iterator[Path]:

@@ -116,11 +116,12 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Return logits (..., V) with the least likely ones, of cumulative probability <= 1 - p, at -inf.
 
-    The best one always stays. p of 0 means off.
+    The best one always stays. Of equal logits, of which half precision is full, the first ones go first, on
+    every device; the official code's sort takes any. p of 0 means off.
     """
     if p <= 0:
         return logits
-    ascending, order = logits.sort(dim=-1)
+    ascending, order = logits.sort(dim=-1, stable=True)
     removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     removed[..., -1] = False
     return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
@@ -158,7 +159,6 @@ def draw(logits: Tensor, uniform: Tensor, *, top_k: int, top_p: float, temperatu
     """Draw a token per position from logits (B, n, V) by inverting the cumulative distribution.
 
     `uniform` (B, n) decides; one number per position, so that no noise of size V is ever made.
-    Where a kernel draws, all logits that tie at the border of top-p stay; the sort here keeps some of them.
     """
     if temperature != 1.0:
         logits = logits / temperature

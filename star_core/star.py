@@ -20,7 +20,7 @@ from .canvas import Canvas
 from .causal_sampler import CausalSampler
 from .checkpoint import load_networks, load_vqvae
 from .config import StarConfig, TokenMap, maps_for_size
-from .eight_bit import warn_where_slow
+from .eight_bit import check_device
 from .generate import generate
 from .graphs import Replays
 from .presets import read_schedule
@@ -79,7 +79,8 @@ class Star:
 
     graphs: scales are recorded as CUDA graphs, and repeated for later pictures of the same size, schedule and
     batch; the memory of the last such shape stays held. Raises ValueError for another device.
-    short_of_memory: the text encoder is on the device only while it reads, and pictures are decoded in strips.
+    short_of_memory: the text encoder is on the device only while it reads, and pictures are decoded in strips;
+    weights move while such a model draws, so that one thread at a time may use it.
     """
 
     def __init__(
@@ -119,6 +120,8 @@ class Star:
                 return self.text_encoder.encode(prompts)
             try:
                 return self.text_encoder.encode(prompts, self.text_replays)
+            except torch.cuda.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 # What transformers does in there is its own affair, and not always for a graph to hold.
                 _log.warning("the text encoder's work cannot be recorded, it is launched each time: %s", error)
@@ -318,7 +321,7 @@ def load(
     config, networks = load_networks(
         files.star, preset_name=preset, dtype=dtype, device=place, eight_bit=eight_bit
     )
-    warn_where_slow(eight_bit, device)
+    check_device(eight_bit, device)
     picture_network = load_vqvae(files.vqvae, config.vqvae, dtype=dtype, device=device)
     encoder = load_text_encoder(
         files.text_encoder,

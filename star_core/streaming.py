@@ -130,6 +130,7 @@ class StreamedBlocks:
         if not self._cuda:
             target.copy_(host)
             return
+        target.record_stream(self._copies)
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(self._done[place])  # until whoever was there has computed
             target.copy_(host, non_blocking=True)

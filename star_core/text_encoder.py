@@ -79,6 +79,41 @@ class _Asked:
         """Nothing: they are small, and go with their owner."""
 
 
+@dataclass(frozen=True)
+class Words:
+    """A tokenizer and how many positions its texts are padded or cut to (77 for CLIP)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    positions: int
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return token ids (N, L) int64, padded, and their mask (N, L) bool."""
+        rows = [self._token_ids(prompt) for prompt in prompts]
+        padding = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [padding] * (self.positions - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, torch.arange(self.positions) < lengths[:, None]
+
+    def measure(self, prompt: str) -> tuple[int, str]:
+        """Return how many tokens a prompt's words make, and those words that find no position."""
+        ids = self._all_ids(prompt)
+        cut = self.tokenizer.decode(ids[self.positions - 1 : -1]) if len(ids) > self.positions else ""
+        return len(ids) - 2, cut
+
+    def _all_ids(self, prompt: str) -> list[int]:
+        """Return the ids of a whole prompt between those of its start and its end."""
+        return list(self.tokenizer(prompt, verbose=False)["input_ids"])
+
+    def _token_ids(self, prompt: str) -> list[int]:
+        # Cut here rather than by the tokenizer, which would not tell what it dropped.
+        ids = self._all_ids(prompt)
+        if len(ids) <= self.positions:
+            return ids
+        _, cut = self.measure(prompt)
+        log.warning("a prompt is longer than %d tokens; left out: %r", self.positions - 2, cut)
+        return [*ids[: self.positions - 1], ids[-1]]
+
+
 class TextEncoder(nn.Module):
     """A CLIP text model with its tokenizer; knows nothing of guidance or batches of pictures."""
 
@@ -141,32 +176,18 @@ class TextEncoder(nn.Module):
         hidden = cast(Tensor, found.last_hidden_state).float().masked_fill(~mask.unsqueeze(-1), 0)
         return hidden, cast(Tensor, found.pooler_output).float()
 
+    @property
+    def words(self) -> Words:
+        """Return the tokenizer with its number of positions, apart from the network."""
+        return Words(self.tokenizer, self.positions)
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return token ids (N, L) int64, padded, and their mask (N, L) bool."""
-        rows = [self._token_ids(prompt) for prompt in prompts]
-        padding = self.tokenizer.pad_token_id
-        ids = torch.tensor([row + [padding] * (self.positions - len(row)) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids, torch.arange(self.positions) < lengths[:, None]
+        return self.words.tokenize(prompts)
 
     def measure(self, prompt: str) -> tuple[int, str]:
         """Return how many tokens a prompt's words make, and those words that find no position."""
-        ids = self._all_ids(prompt)
-        cut = self.tokenizer.decode(ids[self.positions - 1 : -1]) if len(ids) > self.positions else ""
-        return len(ids) - 2, cut
-
-    def _all_ids(self, prompt: str) -> list[int]:
-        """Return the ids of a whole prompt between those of its start and its end."""
-        return list(self.tokenizer(prompt, verbose=False)["input_ids"])
-
-    def _token_ids(self, prompt: str) -> list[int]:
-        # Cut here rather than by the tokenizer, which would not tell what it dropped.
-        ids = self._all_ids(prompt)
-        if len(ids) <= self.positions:
-            return ids
-        _, cut = self.measure(prompt)
-        log.warning("a prompt is longer than %d tokens; left out: %r", self.positions - 2, cut)
-        return [*ids[: self.positions - 1], ids[-1]]
+        return self.words.measure(prompt)
 
 
 def load_text_encoder(

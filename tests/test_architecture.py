@@ -34,7 +34,7 @@ ALLOWED = {
     "kernels/__init__": set(),
     "kernels/attention": {"attention", "rope"},
     "kernels/products": set(),
-    "kernels/residual": set(),
+    "kernels/residual": {"transformer"},
     "kernels/sampling": {"sampling"},
     "kernels/norms": set(),
     "kernels/wide": set(),

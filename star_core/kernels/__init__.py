@@ -24,6 +24,8 @@ Result = TypeVar("Result")
 
 DEVICES = ("cuda",)
 """Types of devices that kernels run on."""
+NO_ROOM = ("out of memory", "ALLOC_FAILED")
+"""What errors say that only mean a full device."""
 
 _log = logging.getLogger(__name__)
 _wanted: ContextVar[bool] = ContextVar("wanted", default=True)
@@ -94,11 +96,16 @@ def _by_kernel(kernel: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             return _named(kernel)(*args, **kwargs)
     except torch.cuda.OutOfMemoryError:
         raise
+    except AssertionError:
+        raise  # ours: what a kernel takes for granted does not hold
     except Exception as error:
+        if any(said in str(error) for said in NO_ROOM):
+            return None  # this once: Triton and cuBLAS have no class for it
         # No compiler, an old GPU, another Triton: builds fail in more ways than can be named, and none of them
         # is the user's affair, since the reference gives the same picture.
         _given_up.add(kernel)
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
         level = logging.INFO if missing else logging.WARNING
         _log.log(level, "No fused kernel %s, PyTorch's operations serve instead: %s", kernel, error)
+        _log.debug("How it failed", exc_info=error)
         return None

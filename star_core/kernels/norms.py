@@ -30,6 +30,10 @@ TOGETHER = 2048
 """Moments that a program puts together at a time."""
 
 
+CHANGING = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
+"""What ComfyUI's layers hold where their weights are to be changed as they compute."""
+
+
 @dataclass(frozen=True)
 class Cut:
     """How programs divide pictures (B, C, h, w) of (positions, C) each in memory."""
@@ -143,7 +147,7 @@ def _reads_its_own(norm: nn.GroupNorm, x: Tensor) -> bool:
     known = kind.forward is nn.GroupNorm.forward or hasattr(kind, "weight_function")
     if not known or norm.weight is None or norm.bias is None:
         return False
-    pending = [getattr(norm, name, None) for name in ("weight_function", "bias_function")]
+    pending = [getattr(norm, name, None) for name in CHANGING]
     if any(pending) or norm._forward_hooks or norm._forward_pre_hooks:
         return False
     return all(

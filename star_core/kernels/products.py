@@ -15,6 +15,8 @@ def expanded(x: Tensor, linear: nn.Module) -> Tensor | None:
     """
     if type(linear) is not nn.Linear or linear.bias is None or x.dtype not in HALVES:
         return None
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return None
     if not (x.dtype == linear.weight.dtype == linear.bias.dtype and x.device == linear.weight.device):
         return None
     rows = x.reshape(-1, x.shape[-1])

@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..transformer import NORM_EPS
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_COLUMNS = 8192
 COLUMNS_PER_WARP = 512
 
-_EPS = tl.constexpr(1e-6)  # transformer.NORM_EPS
+_EPS = tl.constexpr(NORM_EPS)
 
 
 def add_then_norm(x: Tensor, addend: Tensor, rows: int) -> tuple[Tensor, Tensor] | None:

@@ -23,7 +23,7 @@ TILE = 2048
 
 
 def draw(logits: Tensor, uniform: Tensor, *, top_k: int, top_p: float, temperature: float = 1.0) -> Draw | None:
-    """Do what `sampling.draw` does. Of logits that tie at the border of top-p all stay, not some of them."""
+    """Do what `sampling.draw` does."""
     size = logits.shape[-1]
     plain = logits.dtype == uniform.dtype == torch.float32 and logits.device == uniform.device
     if not (plain and logits.is_contiguous() and logits.numel() > 0 and size <= LONGEST_ROW):
@@ -94,13 +94,12 @@ def _kth_largest(order: tl.tensor, k: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _least_kept(order: tl.tensor, weight: tl.tensor, low: tl.tensor, share: tl.tensor) -> tl.tensor:
-    """Return the least number from `low` on up to which a row has more than a share of its weight.
+def _least_kept(order: tl.tensor, weight: tl.tensor, low: tl.tensor, least: tl.tensor) -> tl.tensor:
+    """Return the least number from `low` on up to which a row has more than `least` of its weight.
 
     It is the largest of the row where rounding leaves no other.
     """
     high = tl.max(order, axis=0)
-    least = share * tl.sum(weight, axis=0)
     while low < high:
         # The mean rounded down.
         middle = (low & high) + ((low ^ high) >> 1)
@@ -136,8 +135,17 @@ def _draw(
         low = _kth_largest(order, top_k)
         weight = tl.where(order >= low, weight, 0.0)
     if by_mass:
-        low = _least_kept(order, weight, low, dropped)
+        least = dropped * tl.sum(weight, axis=0)
+        low = _least_kept(order, weight, low, least)
+        below = tl.sum(tl.where(order < low, weight, 0.0), axis=0)
+        tied = order == low
+        ties = tl.sum(tied.to(tl.int32), axis=0)
         weight = tl.where(order >= low, weight, 0.0)
+        if ties > 1:  # the first ones go first, as in a stable sort; the last one stays
+            each = tl.max(tl.where(tied, weight, 0.0), axis=0)
+            number = tl.cumsum(tied.to(tl.int32), axis=0)
+            goes = tied & (below + number.to(tl.float32) * each <= least) & (number < ties)
+            weight = tl.where(goes, 0.0, weight)
 
     cumulative = tl.cumsum(weight, axis=0)
     total = tl.sum(tl.where(index == size - 1, cumulative, 0.0), axis=0)

@@ -28,7 +28,16 @@ from ..transfer import upload
 from ..transformer import Transformer
 from .emoji import EmojiSet
 from .lessons import Lesson, Lessons, run_folder_file
-from .run import Average, Checkpoint, add_run_arguments, precision, rate_at, set_rate, shuffled_batches
+from .run import (
+    Average,
+    Checkpoint,
+    add_run_arguments,
+    add_workers_argument,
+    precision,
+    rate_at,
+    set_rate,
+    shuffled_batches,
+)
 from .transformer import attention_kernel, optimizers
 
 log = logging.getLogger(__name__)
@@ -41,6 +50,7 @@ EMPTY_SHARE = 0.15
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `train sampler` to the command line."""
     add_run_arguments(parser, steps=600, batch=48, rate=2e-3)
+    add_workers_argument(parser)
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--tokenizer-run", type=Path, required=True)

@@ -112,7 +112,7 @@ class Lessons:
         self.device = device
         self.text_encoder = text_encoder
         self.quantizer: MultiScaleQuantizer = vqvae.quantizer
-        self.planner = Planner(data.records, text_encoder.tokenize, variants, seed)
+        self.planner = Planner(data.records, text_encoder.words.tokenize, variants, seed)
         pictures = PictureStore(data.pictures, device)
         mirrorable = torch.tensor([may_be_mirrored(record) for record in data.records])
         found = [encode_all(pictures, vqvae, maps)]

@@ -23,26 +23,39 @@ from ..weights import read_pickle
 log = logging.getLogger(__name__)
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is no number of steps: give 1 or more")
+    return number
+
+
+def _positive_seconds(text: str) -> float:
+    if not (seconds := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} leaves no time: give seconds above 0")
+    return seconds
+
+
+def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+    """Add how many processes make captions."""
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that make captions ahead, for a fast GPU"
+    )
+
+
 def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
     """Add the options that every stage has."""
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and export")
-    parser.add_argument("--steps", type=int, default=steps, help="total steps, resumed ones too")
+    parser.add_argument("--steps", type=_positive, default=steps, help="total steps, resumed ones too")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--rate", type=float, default=rate, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        help="processes that make captions ahead, for a fast GPU",
-    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--log-every", type=int, default=20, help="steps between lines of progress")
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=_positive_seconds,
         default=math.inf,
         help="seconds of training after which the run ends, before its steps: for a machine lent for minutes",
     )

@@ -234,6 +234,11 @@ def train(student: Student, corpus: Corpus, wording: Wording, args: argparse.Nam
         optimizer.load_state_dict(state["optimizer"])
     if checkpoint.step == 0:
         log.info("before training: %s", _told(measure(student, corpus, wording, args.seed)))
+
+    def save() -> None:
+        log.info("held out: %s", _told(measure(student, corpus, wording, args.seed)))
+        checkpoint.save({"student": student.state_dict(), "optimizer": optimizer.state_dict()})
+
     while (done := checkpoint.done(args)) < 1:
         step = checkpoint.step
         set_rate(optimizer, rate_at(step, done, args.rate))
@@ -244,11 +249,12 @@ def train(student: Student, corpus: Corpus, wording: Wording, args: argparse.Nam
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         checkpoint.step = step + 1
-        if checkpoint.step % 50 == 0:
+        if checkpoint.step % args.log_every == 0:
             log.info("step %d, loss %.4f, %.0f s", step + 1, loss.item(), checkpoint.total_seconds())
-        if checkpoint.step % args.save_every == 0 or checkpoint.done(args) >= 1:
-            log.info("held out: %s", _told(measure(student, corpus, wording, args.seed)))
-            checkpoint.save({"student": student.state_dict(), "optimizer": optimizer.state_dict()})
+        if checkpoint.step % args.save_every == 0:
+            save()
+    if checkpoint.step > checkpoint.saved:
+        save()
 
 
 def _optimizer(student: Student) -> torch.optim.Optimizer:

@@ -30,6 +30,7 @@ from .run import (
     Average,
     Checkpoint,
     add_run_arguments,
+    add_workers_argument,
     precision,
     rate_at,
     set_rate,
@@ -46,6 +47,7 @@ WHOLE_SHARE = 0.15
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `train transformer` to the command line."""
     add_run_arguments(parser, steps=2400, batch=48, rate=2e-3)
+    add_workers_argument(parser)
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 4, 6, 10, 16])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from star_core import eight_bit, pictures
-from star_core.eight_bit import FORMATS, quantize_linears, warn_where_slow
+from star_core.eight_bit import FORMATS, check_device, quantize_linears
 from star_core.star import Options, load
 
 both = pytest.mark.parametrize("name", FORMATS)
@@ -88,5 +88,11 @@ def test_fp8_without_products_is_warned_of_once_and_nothing_else_is(
     assert "slow on cpu" in warned[0]
     caplog.clear()
     monkeypatch.setattr(eight_bit, "has_products", lambda device: True)
-    warn_where_slow("fp8", torch.device("cpu"))
+    check_device("fp8", torch.device("cpu"))
     assert not caplog.records
+
+
+def test_fp8_is_refused_where_no_tensor_can_hold_it():
+    with pytest.raises(ValueError, match="choose int8 or bfloat16"):
+        check_device("fp8", torch.device("mps"))
+    check_device("int8", torch.device("mps"))

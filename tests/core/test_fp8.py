@@ -136,7 +136,8 @@ def test_sides_that_the_products_do_not_take_are_computed_by_whole_weights(asked
 
 
 def test_only_newer_nvidia_gpus_have_the_products(monkeypatch: pytest.MonkeyPatch):
-    gpu, capability = torch.device("cuda"), [8, 0]
+    gpu, capability = torch.device("cuda", 0), [8, 0]
+    monkeypatch.setattr(fp8, "_has_rows_of_scales", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
     monkeypatch.setattr(torch.version, "hip", None)
     assert not has_products(gpu)
@@ -148,6 +149,21 @@ def test_only_newer_nvidia_gpus_have_the_products(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.delattr(torch, "_scaled_mm")
     assert not has_products(gpu)
+
+
+def test_a_pytorch_without_rows_of_scales_for_a_gpu_has_no_products(monkeypatch: pytest.MonkeyPatch):
+    cpu = torch.device("cpu")
+
+    def refused(*arguments: object, **options: object) -> Tensor:
+        raise RuntimeError("Rowwise scaling is not currently supported on your device")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refused)
+    assert not fp8._has_rows_of_scales.__wrapped__(cpu)
+    # Older ones return a pair, and know one scale for all.
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *arguments, **options: (torch.ones(1), None))
+    assert not fp8._has_rows_of_scales.__wrapped__(cpu)
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, **options: torch.ones(16, 16))
+    assert fp8._has_rows_of_scales.__wrapped__(cpu)
 
 
 def test_rows_use_the_whole_range_of_the_format():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
+from star_core import load
 from star_core.config import square_maps, token_count
 from star_core.training.causal_sampler import EMPTY_SHARE, known_mask
 from star_core.training.emoji import Record
-from star_core.training.lessons import Moved, may_be_mirrored, window_positions
+from star_core.training.lessons import Moved, Planner, may_be_mirrored, window_positions
 from star_core.training.muon import Muon, orthogonalise
-from star_core.training.run import Average, Checkpoint, rate_at, shuffled_batches
+from star_core.training.run import Average, Checkpoint, PictureStore, rate_at, shuffled_batches
 
 MAPS = square_maps((1, 2, 3, 4, 6, 8))
 
@@ -147,3 +151,53 @@ def test_moved_pictures_are_mirrored_or_shifted_on_white_and_lose_no_sharpness()
     assert {bool(f > 1) for f in falling[0::2]} == {True, False}
     assert len({tuple(s) for s in moved.shifts.tolist()}) > 20
     assert torch.equal(moved(pictures[:32], 32), drawn[32:]), "a picture moves by its number, not its batch"
+
+
+def test_muon_moves_matrices_together_as_each_alone():
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(24, 40), (16, 16), (24, 40), (40, 24)]
+    starts, gradients = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(2))
+    together = [torch.nn.Parameter(start.clone()) for start in starts]
+    alone = [torch.nn.Parameter(start.clone()) for start in starts]
+    optimizers = [Muon(together, 0.01, weight_decay=0.05)]
+    optimizers += [Muon([parameter], 0.01, weight_decay=0.05) for parameter in alone]
+    for _ in range(3):
+        for parameters in (together, alone):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for ours, theirs, start in zip(together, alone, starts, strict=True):
+        assert not torch.equal(ours, start)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_plans_are_the_same_whoever_makes_them_and_need_no_network():
+    records = [record(f"thing {number}") for number in range(20)]
+    planner = Planner(records, load().text_encoder.words.tokenize, variants=3, seed=5)
+    assert len(pickle.dumps(planner)) < 5e6, "a tokenizer and records, no weights"
+    batches = [torch.randperm(20)[:4] for _ in range(5)]
+    inline, made = (list(planner.plans(iter(batches), 7, workers)) for workers in (0, 1))
+    assert len(inline) == len(made) == 5
+    for ours, theirs, batch in zip(inline, made, batches, strict=True):
+        assert torch.equal(ours.pictures, batch)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert any(not torch.equal(inline[0].ids, plan.ids) for plan in inline[1:])
+
+
+def test_a_run_is_done_by_its_steps_or_by_its_time(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", step=30)
+    assert checkpoint.done(argparse.Namespace(steps=100, time_limit=float("inf"))) == pytest.approx(0.3)
+    checkpoint.seconds = 50.0
+    assert checkpoint.done(argparse.Namespace(steps=100, time_limit=60.0)) == pytest.approx(50 / 60, abs=0.05)
+    assert checkpoint.done(argparse.Namespace(steps=100, time_limit=40.0)) > 1
+
+
+def test_a_store_hands_out_pictures_between_minus_one_and_one():
+    levels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    store = PictureStore(levels, torch.device("cpu"))
+    assert len(store) == 2
+    picture = store.take(torch.tensor([1]))
+    assert picture.shape == (1, 3, 4, 4)
+    assert torch.equal(picture[0].permute(1, 2, 0), torch.from_numpy(levels[1]).float() / 127.5 - 1)
+    assert torch.equal(store.take(slice(1, 2)), picture)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from star_core.checkpoint import load_networks, load_vqvae
 from star_core.star import SHIPPED
 from star_core.training import causal_sampler, decoder, tokenizer, transformer
+from star_core.training.run import Checkpoint
 from star_core.training.splits import heldout
 from star_core.weights import TensorFile
 
@@ -199,3 +200,25 @@ def test_a_killed_decoder_run_with_a_discriminator_ends_as_an_unbroken_one(data,
 def test_a_stage_names_the_one_that_must_run_first(data, tmp_path):
     with pytest.raises(ValueError, match="run the training stage that writes it first"):
         train(transformer, tmp_path, data, *transformer_options(tmp_path / "nothing"))
+
+
+def test_a_run_ends_when_its_time_is_up_saves_and_goes_on(data, tokenizer_run, tmp_path):
+    options = transformer_options(tokenizer_run)
+    train(transformer, tmp_path, data, *options, "--time-limit", "0.5", steps=10**6)
+    before = Checkpoint(tmp_path / "checkpoint.pt")
+    assert before.load() is not None
+    assert 0 < before.step < 10**6
+    assert (tmp_path / "star.safetensors").exists()
+    train(transformer, tmp_path, data, *options, "--time-limit", str(before.seconds + 0.5), steps=10**6)
+    after = Checkpoint(tmp_path / "checkpoint.pt")
+    after.load()
+    assert after.step > before.step
+
+
+@pytest.mark.parametrize("wrong", [("--steps", "0"), ("--time-limit", "0")])
+def test_a_run_of_no_length_is_refused(wrong, capsys):
+    parser = argparse.ArgumentParser()
+    transformer.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--run", "x", "--tokenizer-run", "y", "--text", "z", *wrong])
+    assert "above 0" in capsys.readouterr().err or wrong[0] == "--steps"
