@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from star_core import fp8, kernels, load
+from star_core import fp8, load
 from star_core.fp8 import Float8Linear, has_products, round_rows
 from star_core.kernels import given_up, references_only
 from star_core.star import Options
@@ -39,15 +38,6 @@ def _products(gpu: torch.device, caplog: pytest.LogCaptureFixture) -> Iterator[N
     assert not given_up(), caplog.text
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that were asked, in order."""
-    names: list[str] = []
-    named = kernels._named
-    monkeypatch.setattr(kernels, "_named", lambda name: (names.append(name), named(name))[1])
-    return names
-
-
 def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
 
@@ -63,16 +53,6 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     """Return the error of tokens (n, C), all of which count alike."""
     lengths = exact.double().norm(dim=1)
     return float(((ours.double() - exact.double()).norm(dim=1) / lengths).square().mean().sqrt())
-
-
-@contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
-    """Raise where the host waits for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def assert_rounded_alike(rows: Tensor, multiple: int) -> None:
@@ -149,7 +129,7 @@ def test_a_token_is_the_same_however_many_fill_up_its_16_and_near_in_any_crowd(i
 
 
 @torch.no_grad()
-def test_nothing_waits_and_a_graph_repeats_the_product():
+def test_nothing_waits_and_a_graph_repeats_the_product(no_waiting: Callable):
     for dtype in (torch.bfloat16, torch.float32):
         ours = Float8Linear(some_linear(1920, 7680, dtype))
         x = normal(6, 2, 3, 1920).to(dtype)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,50 +11,19 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="no Triton here: there are no kernels to compare")
 
-from star_core import attention, kernels, load, sampling, transformer
+from star_core import attention, load, sampling, transformer
 from star_core.attention import LayerCache
-from star_core.generate import generate
 from star_core.graphs import Replays
-from star_core.kernels import given_up, references_only
-from star_core.request import Request, ScaleStep
+from star_core.kernels import references_only
 from star_core.rope import Rotation
 from star_core.sampling import PictureSeed
 from star_core.star import Options
 
+pytestmark = pytest.mark.usefixtures("kernels_serve")
 KINDS = ["plain", "smooth", "confidence", "masked", "official"]
 UNIT_ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}
 """Greatest difference of vectors of length 1: one step of the halves; of float32, that of a GPU's exp."""
 ALMOST_ONE = 1 - 2**-24
-
-
-@pytest.fixture(autouse=True)
-def _kernels_serve(gpu: torch.device, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Fail where the references stood in: then nothing would have been compared."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with caplog.at_level(logging.INFO):
-        yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-    assert not given_up(), caplog.text
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that were asked, in order."""
-    names: list[str] = []
-    named = kernels._named
-    monkeypatch.setattr(kernels, "_named", lambda name: (names.append(name), named(name))[1])
-    return names
-
-
-@contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
-    """Raise where the host waits for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -298,7 +264,7 @@ def test_rows_that_are_no_numbers_still_give_tokens_of_the_codebook():
 
 
 @torch.no_grad()
-def test_nothing_waits_and_a_graph_repeats_the_kernels():
+def test_nothing_waits_and_a_graph_repeats_the_kernels(no_waiting: Callable):
     inputs = Inputs(torch.float32, tokens=24, heads=2, capacity=64, filled=7)
     cache = inputs.cache()
     arguments = inputs.arguments(cache)
@@ -321,29 +287,6 @@ def test_nothing_waits_and_a_graph_repeats_the_kernels():
     graph.replay()
     for held, fresh in zip(recorded, work(), strict=True):
         assert torch.equal(held, fresh)
-
-
-@dataclasses.dataclass(frozen=True)
-class OnGpu:
-    """A tiny model's modules on the GPU."""
-
-    transformer: torch.nn.Module
-    sampler: torch.nn.Module
-    quantizer: torch.nn.Module
-    device: torch.device
-
-    def run(self, request: Request, replays: Replays | None = None) -> list[ScaleStep]:
-        steps = generate(self.transformer, self.sampler, self.quantizer, request, self.device, replays)
-        return [step.to(torch.device("cpu")) for step in steps]
-
-
-@pytest.fixture
-def moved(gpu: torch.device) -> Callable[[object], OnGpu]:
-    def move(model: object) -> OnGpu:
-        parts = (copy.deepcopy(part).to(gpu) for part in (model.transformer, model.sampler, model.quantizer))
-        return OnGpu(*parts, gpu)
-
-    return move
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -377,12 +320,15 @@ def test_whole_pictures_are_the_same_with_and_without_kernels_and_graphs(
         without.forget()
 
 
-def test_the_shipped_model_draws_the_same_picture_with_and_without_kernels(gpu: torch.device):
+def test_the_shipped_model_draws_nearly_all_tokens_alike_with_and_without_kernels(gpu: torch.device):
     star = load(device=gpu)
+    prompts, alike = ["a red apple", "cat", "rocket", "tree"], []
     for seed in (1, 2):
         options = Options(seed=seed)
-        ours = [step.tokens for step in star.generate(["a red apple"], options=options)]
+        ours = [step.tokens for step in star.generate(prompts, options=options)]
         with references_only():
-            theirs = [step.tokens for step in star.generate(["a red apple"], options=options)]
-        # Float32 sums round otherwise: a token at a border may differ, and later scales follow it.
-        assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4], strict=True))
+            theirs = [step.tokens for step in star.generate(prompts, options=options)]
+        alike.append((torch.cat(ours, dim=1) == torch.cat(theirs, dim=1)).float().mean(dim=1))
+    # Float32 sums round otherwise: a token at a border may differ, and later scales of its picture follow it.
+    equal = torch.cat(alike) == 1
+    assert int(equal.sum()) >= 6, f"of 8 pictures: {torch.cat(alike).tolist()}"

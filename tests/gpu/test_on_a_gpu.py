@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,43 +15,12 @@ from star_core.generate import generate
 from star_core.graphs import CudaGraph, Replays
 from star_core.int8 import Int8Linear
 from star_core.kernels import references_only
-from star_core.request import Request, ScaleStep
+from star_core.request import ScaleStep
 from star_core.sampling import PictureSeed
 from star_core.star import Options
 from star_core.streaming import Parts
 
 KINDS = ["plain", "smooth", "confidence", "masked", "official"]
-
-
-@pytest.fixture(autouse=True)
-def _exact_products(gpu: torch.device) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-@dataclass(frozen=True)
-class OnGpu:
-    """A tiny model's modules on the GPU."""
-
-    transformer: nn.Module
-    sampler: nn.Module
-    quantizer: nn.Module
-    device: torch.device
-
-    def run(self, request: Request, replays: Replays | None = None) -> list[ScaleStep]:
-        steps = generate(self.transformer, self.sampler, self.quantizer, request, self.device, replays)
-        return [step.to(torch.device("cpu")) for step in steps]
-
-
-@pytest.fixture
-def moved(gpu: torch.device) -> Callable[[object], OnGpu]:
-    def move(model: object) -> OnGpu:
-        parts = (copy.deepcopy(part).to(gpu) for part in (model.transformer, model.sampler, model.quantizer))
-        return OnGpu(*parts, gpu)
-
-    return move
 
 
 def equal_tokens(ours: list[ScaleStep], theirs: list[ScaleStep]) -> bool:
@@ -191,19 +157,9 @@ def test_half_precision_with_graphs_is_near_the_one_without(gpu: torch.device):
     assert near >= 3
 
 
-@contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
-    """Raise where the host waits for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("kind", ["plain", "smooth", "confidence", "masked"])
 def test_nothing_waits_within_a_scale(
-    paired: object, ask: Callable, make_schedule: Callable, moved: Callable, kind: str
+    paired: object, ask: Callable, make_schedule: Callable, moved: Callable, kind: str, no_waiting: Callable
 ):
     on_gpu, request = moved(paired), ask([1, 2], make_schedule(kind))
     on_gpu.run(request)  # libraries and caches are set up at the first use, which may wait

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,11 +11,12 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="no Triton here: there are no kernels to compare")
 
-from star_core import kernels, load, slices
+from star_core import load, slices
 from star_core.config import VQVAEConfig
-from star_core.kernels import given_up, references_only
+from star_core.kernels import references_only
 from star_core.vqvae import LAYOUT, VQVAE, attended, norm_silu, normalised
 
+pytestmark = pytest.mark.usefixtures("kernels_serve")
 ERROR = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 """Greatest difference beside the largest number expected: a step of the halves there."""
 SHAPES = {
@@ -29,35 +28,6 @@ SHAPES = {
     "odd sides": (2, 640, 37, 19),
     "one position": (3, 160, 1, 1),
 }
-
-
-@pytest.fixture(autouse=True)
-def _kernels_serve(gpu: torch.device, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Fail where the references stood in: then nothing would have been compared."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with caplog.at_level(logging.INFO):
-        yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-    assert not given_up(), caplog.text
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that were asked and took the call, in order."""
-    names: list[str] = []
-    named = kernels._named
-
-    def watched(name: str) -> Callable:
-        def run(*args: object) -> object:
-            made = named(name)(*args)
-            names.extend([name] if made is not None else [])
-            return made
-
-        return run
-
-    monkeypatch.setattr(kernels, "_named", watched)
-    return names
 
 
 @pytest.fixture(scope="module")
