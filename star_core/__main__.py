@@ -100,12 +100,19 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gpu-memory",
-        type=float,
+        type=_gigabytes,
         metavar="GB",
         help="on a GPU: aim at so much for torch's tensors; weights without room are copied when needed (same"
         " picture, slower)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _gigabytes(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no amount of memory: give gigabytes, as in 6 or 5.5")
+    return number
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

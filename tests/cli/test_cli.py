@@ -144,6 +144,17 @@ def test_a_limit_of_gpu_memory_wants_a_gpu(sample, tmp_path):
     assert "gpu_memory is for a GPU" in error
 
 
+@pytest.mark.parametrize("amount", ["nan", "inf", "0", "-3"])
+def test_an_amount_of_memory_that_is_none_is_refused(amount, tmp_path):
+    command = [sys.executable, "-m", "star_core", "sample", "cat", "--gpu-memory", amount]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "a.png")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "give gigabytes" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_recipe_with_a_precision_that_is_none_is_refused(sample, tmp_path):
     path = tmp_path / "odd.png"
     save_png(Image.new("RGB", (4, 4)), path, Recipe("a", "", 1, 0, "top-k", (16, 16), "tiny", "load"))
