@@ -81,14 +81,15 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     pairs = x.float().unflatten(-1, (-1, 2))
     if rotation.cos.ndim == 3:
         rotation = Rotation(rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1))
-    if x.device.type == "mps":
+    # No complex numbers on this device, no fused code for them by torch.compile.
+    if x.device.type == "mps" or torch.compiler.is_compiling():
         return _rotate_real(pairs, rotation).flatten(-2)
     turned = torch.view_as_complex(pairs) * torch.complex(rotation.cos, rotation.sin)
     return torch.view_as_real(turned).flatten(-2)
 
 
 def _rotate_real(pairs: Tensor, rotation: Rotation) -> Tensor:
-    """Return the turned pairs (..., 2), where a device lacks complex numbers."""
+    """Return the turned pairs (..., 2) without complex numbers."""
     even, odd = pairs.unbind(-1)
     turned = (
         even * rotation.cos - odd * rotation.sin,

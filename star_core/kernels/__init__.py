@@ -69,6 +69,9 @@ def fused(
 
 def _may_take(kernel: str, args: Sequence[object]) -> bool:
     """Whether a kernel is there for a call with these arguments."""
+    # torch.compile fuses a reference's operations itself.
+    if torch.compiler.is_compiling():
+        return False
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not tensors or tensors[0].device.type not in DEVICES or kernel in _given_up or not _wanted.get():
         return False

@@ -31,8 +31,10 @@ from .lessons import Lesson, Lessons, run_folder_file
 from .run import (
     Average,
     Checkpoint,
+    add_compile_argument,
     add_run_arguments,
     add_workers_argument,
+    compile_blocks,
     precision,
     rate_at,
     set_rate,
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `train sampler` to the command line."""
     add_run_arguments(parser, steps=600, batch=48, rate=2e-3)
     add_workers_argument(parser)
+    add_compile_argument(parser)
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--tokenizer-run", type=Path, required=True)
@@ -138,6 +141,7 @@ def run(args: argparse.Namespace) -> None:
     sampler = CausalSampler(config.transformer)
     sampler.initialise(torch.Generator().manual_seed(args.seed))
     sampler.to(device)
+    compile_blocks(args, [*networks.transformer.blocks, *sampler.blocks])
     made = optimizers(sampler, args.rate, muon_dtype=torch.bfloat16 if args.bfloat16 else None)
     average = Average(sampler, 0.998)
     checkpoint = Checkpoint(args.run / "checkpoint.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from .run import PictureStore
 
 ENCODE_BATCH = 128
 PROMPT_DROPOUT = 0.1
+LENGTH_STEP = 8
+"""Captions are cut to multiples of it: compiled code has one version per length."""
 LONGEST_SHIFT = 4
 """Pixels: half a latent cell of the shipped VQ-VAE."""
 
@@ -74,7 +77,7 @@ class Planner(Dataset[Plan]):
         count = len(pictures)
         variants = np.zeros(count, int) if rng is None else rng.integers(self._variants, size=count)
         ids, mask = self._tokenize(captions)
-        longest = int(mask.sum(dim=1).max())
+        longest = math.ceil(int(mask.sum(dim=1).max()) / LENGTH_STEP) * LENGTH_STEP
         return Plan(pictures, torch.from_numpy(variants), ids[:, :longest], mask[:, :longest])
 
     def _caption(self, index: int, rng: np.random.Generator | None) -> str:

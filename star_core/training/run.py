@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,25 @@ def add_workers_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that make captions ahead, for a fast GPU"
     )
+
+
+def add_compile_argument(parser: argparse.ArgumentParser) -> None:
+    """Add whether the blocks' operations are fused."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="fuse the blocks' operations with torch.compile; on a CPU it needs a C++ compiler",
+    )
+
+
+def compile_blocks(args: argparse.Namespace, blocks: Iterable[nn.Module]) -> None:
+    """Fuse each block's operations where it was asked for.
+
+    Block by block: blocks are alike, so that one is built for all of them, and what is around them is little.
+    """
+    if args.compile:
+        for block in blocks:
+            block.compile(dynamic=False, fullgraph=True)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:

@@ -29,8 +29,10 @@ from .muon import Muon
 from .run import (
     Average,
     Checkpoint,
+    add_compile_argument,
     add_run_arguments,
     add_workers_argument,
+    compile_blocks,
     precision,
     rate_at,
     set_rate,
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `train transformer` to the command line."""
     add_run_arguments(parser, steps=2400, batch=48, rate=2e-3)
     add_workers_argument(parser)
+    add_compile_argument(parser)
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 4, 6, 10, 16])
@@ -151,6 +154,7 @@ def run(args: argparse.Namespace) -> None:
     if args.start is not None:
         start_from(transformer, args.start)
     transformer.to(device)
+    compile_blocks(args, transformer.blocks)
     made = optimizers(transformer, args.rate, muon_dtype=torch.bfloat16 if args.bfloat16 else None)
     average = Average(transformer, 0.998)
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
