@@ -1,6 +1,7 @@
 """Trains the VQ-VAE's decoder on, with encoder and codebook frozen.
 
-Tokens stay what they are, so that a transformer trained on them stays valid while its pictures get better.
+Tokens stay what they are, so that a transformer trained on them stays valid while its pictures get better. With
+`--model` the decoder also learns from tokens that the model has drawn, whose noise it is to see through.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 from ..checkpoint import load_vqvae
 from ..config import VQVAEConfig, square_maps
 from ..evaluation.lpips import load_lpips
+from ..star import load
 from ..transfer import upload
 from ..vqvae import VQVAE
+from .captions import plain_caption
 from .discriminator import PatchDiscriminator, balance, convincing_loss, judging_loss
 from .emoji import EmojiSet
 from .lessons import encode_all, run_folder_file
 from .packages import asset_path
+from .redrawn import redrawn
 from .run import (
     Average,
     Checkpoint,
@@ -52,6 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adversarial", type=float, default=0.0, help="weight of a patch discriminator's loss, 0 for none"
     )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a star.safetensors that redraws the pictures' last scales: the decoder learns from both",
+    )
+    parser.add_argument("--text", type=Path, default=Path("star_core/demo"), help="folder of its text encoder")
+    parser.add_argument("--schedule", default="top-k", help="how the model redraws")
+    parser.add_argument(
+        "--redrawn",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        metavar="SCALES",
+        help="how many last scales it redraws: one version of every picture each",
+    )
 
 
 def drawn(
@@ -65,6 +84,22 @@ def drawn(
     return pictures.float()
 
 
+def versions(args: argparse.Namespace, data: EmojiSet, vqvae: VQVAE, own: Tensor, rows: Tensor) -> Tensor:
+    """Return the tokens (V, N, L) of the pictures `rows` (N,) of the set: their own, `own` (N, L), and as a
+    model redraws them."""
+    found = [own]
+    if args.model is not None:
+        vqvae_file = run_folder_file(args.tokenizer_run, "vqvae.safetensors")
+        dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+        star = load(args.model, vqvae=vqvae_file, text_encoder=args.text, dtype=dtype, device=args.device)
+        captions = [plain_caption(data.records[row]) for row in rows.tolist()]
+        for count in args.redrawn:
+            given = len(args.sides) - count
+            options = {"given": given, "schedule": args.schedule, "seed": args.seed}
+            found.append(redrawn(star, vqvae.quantizer, own, captions, **options))
+    return torch.stack(found)
+
+
 def run(args: argparse.Namespace) -> None:
     """Train, resuming where a checkpoint is, and export `vqvae.safetensors`."""
     if args.threads:
@@ -76,6 +111,7 @@ def run(args: argparse.Namespace) -> None:
     maps = square_maps(args.sides)
     lengths = [h * w for h, w in maps]
     pictures_of = PictureStore(data.pictures, device)
+    train, held_out = torch.from_numpy(data.indices("train")), torch.from_numpy(data.indices("pairs")[:128])
     tokens = encode_all(pictures_of, vqvae, maps)
     trained = [*vqvae.decoder.parameters(), *vqvae.post_quant_conv.parameters()]
     for parameter in trained:
@@ -94,7 +130,9 @@ def run(args: argparse.Namespace) -> None:
         average.state, average.steps = state["average"], checkpoint.step
         judge.load_state_dict(state["judge"])
         judge_optimizer.load_state_dict(state["judge_optimizer"])
-    train, held_out = data.indices("train"), torch.from_numpy(data.indices("pairs")[:128])
+        shown = state["shown"]
+    else:
+        shown = versions(args, data, vqvae, tokens[upload(train, device)], train)
 
     def save() -> None:
         checkpoint.save(
@@ -104,6 +142,7 @@ def run(args: argparse.Namespace) -> None:
                 "average": average.state,
                 "judge": judge.state_dict(),
                 "judge_optimizer": judge_optimizer.state_dict(),
+                "shown": shown,
             }
         )
         export(average, vqvae.config, args.run)
@@ -115,9 +154,11 @@ def run(args: argparse.Namespace) -> None:
         if done >= 1:
             break
         set_rate(optimizer, rate_at(step, done, args.rate))
-        chosen = upload(torch.from_numpy(train[batch.numpy()]), device)
-        real = pictures_of.take(chosen)
-        made = drawn(vqvae, tokens[chosen], lengths, args.sides, precision(args))
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        version = torch.randint(len(shown), (len(batch),), generator=generator)
+        real = pictures_of.take(train[batch])
+        seen = shown[upload(version, device), upload(batch, device)]
+        made = drawn(vqvae, seen, lengths, args.sides, precision(args))
         pixel = (made - real).abs().mean()
         few = max(1, int(len(real) * args.perceptual_share))
         with precision(args):
@@ -140,8 +181,8 @@ def run(args: argparse.Namespace) -> None:
         checkpoint.step += 1
         if step % args.log_every == 0:
             seconds = checkpoint.total_seconds()
-            shown = (pixel.item(), distance.item(), judged.item())
-            log.info("step %d %.0f s l1 %.4f lpips %.4f judge %.3f", step, seconds, *shown)
+            losses = (pixel.item(), distance.item(), judged.item())
+            log.info("step %d %.0f s l1 %.4f lpips %.4f judge %.3f", step, seconds, *losses)
         if checkpoint.step % args.save_every == 0:
             save()
     if checkpoint.step > checkpoint.saved:

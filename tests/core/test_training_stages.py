@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from star_core.checkpoint import load_networks, load_vqvae
-from star_core.star import SHIPPED
+from star_core.config import token_count
+from star_core.request import ScaleStep
+from star_core.star import SHIPPED, Options, load
 from star_core.training import causal_sampler, decoder, tokenizer, transformer
+from star_core.training.redrawn import redrawn
 from star_core.training.run import Checkpoint
 from star_core.training.splits import heldout
 from star_core.weights import TensorFile
@@ -195,6 +198,81 @@ def test_a_killed_decoder_run_with_a_discriminator_ends_as_an_unbroken_one(data,
     ours, theirs = (TensorFile(run / "vqvae.safetensors") for run in (whole, without))
     changed = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
+
+
+def redrawing_options(transformer_run: Path) -> list[str]:
+    return ["--model", str(transformer_run / "star.safetensors"), "--text", str(SHIPPED), "--redrawn", "1", "2"]
+
+
+def test_a_killed_decoder_run_on_drawn_tokens_ends_as_an_unbroken_one(
+    data, tokenizer_run, transformer_run, tmp_path
+):
+    options = ["--tokenizer-run", str(tokenizer_run), *SIDES, *redrawing_options(transformer_run)]
+    whole = train(decoder, tmp_path / "whole", data, *options)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(decoder, 3, patch)
+        with pytest.raises(Killed):
+            train(decoder, tmp_path / "killed", data, *options)
+        patch.setattr(decoder, "redrawn", None)  # the pictures are not drawn a second time
+    killed = train(decoder, tmp_path / "killed", data, *options)
+    assert_same_file(killed / "vqvae.safetensors", whole / "vqvae.safetensors")
+    without = train(decoder, tmp_path / "without", data, *options[: -len(redrawing_options(transformer_run))])
+    ours, theirs = (TensorFile(run / "vqvae.safetensors") for run in (whole, without))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_redrawn_pictures_keep_their_coarse_scales(tokenizer_run, transformer_run):
+    star = load(
+        transformer_run / "star.safetensors", vqvae=tokenizer_run / "vqvae.safetensors", text_encoder=SHIPPED
+    )
+    maps = star.maps(None)
+    own = torch.randint(32, (3, token_count(maps)), generator=torch.Generator().manual_seed(0))
+    captions = ["a red apple", "a dog", "a house"]
+    for given in range(1, len(maps)):
+        tokens = redrawn(
+            star, star.vqvae.quantizer, own, captions, given=given, schedule="top_k 32; top_p 0", seed=5
+        )
+        first = token_count(maps[:given])
+        assert torch.equal(tokens[:, :first], own[:, :first])
+        assert not torch.equal(tokens[:, first:], own[:, first:])
+    # A picture is drawn from (caption, seed, its number) alone: as the engine draws it.
+    f_hats = star.vqvae.quantizer.f_hats(own.split([h * w for h, w in maps], dim=1)[:1], maps)
+    prefix = (ScaleStep(0, maps[0], own[:, :1], f_hats[0], given=True),)
+    options = Options(seed=5, indices=(0, 1, 2), schedule="top_k 32; top_p 0", prefix=prefix)
+    expected = torch.cat([step.tokens for step in star.generate(captions, options=options)], dim=1)
+    found = redrawn(star, star.vqvae.quantizer, own, captions, given=1, schedule="top_k 32; top_p 0", seed=5)
+    assert torch.equal(found, expected)
+    for wrong in (0, len(maps)):
+        with pytest.raises(ValueError, match=f"not {wrong}"):
+            redrawn(star, star.vqvae.quantizer, own, captions, given=wrong, schedule="top-k", seed=5)
+    with pytest.raises(ValueError, match="smooth"):
+        redrawn(star, star.vqvae.quantizer, own, captions, given=1, schedule="smooth", seed=5)
+
+
+@pytest.mark.parametrize("stage", [transformer, causal_sampler])
+def test_compiled_blocks_train_to_the_same_weights(
+    stage, data, tokenizer_run, transformer_run, tmp_path, monkeypatch
+):
+    options = ["--tokenizer-run", str(tokenizer_run)]
+    if stage is transformer:
+        options = transformer_options(tokenizer_run)
+    else:
+        options += ["--transformer-run", str(transformer_run), "--text", str(SHIPPED), "--sampler-depth", "1"]
+    plain = train(stage, tmp_path / "plain", data, *options)
+    built = []
+    original = torch.nn.Module.compile
+
+    def traced(block: torch.nn.Module, **how: object) -> None:
+        built.append(block)
+        original(block, backend="aot_eager", **how)  # all of it but the C++ compiler, which may be missing
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    compiled = train(stage, tmp_path / "compiled", data, *options, "--compile")
+    assert built
+    ours, theirs = (TensorFile(run / "star.safetensors") for run in (compiled, plain))
+    assert set(ours) == set(theirs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-3, rtol=2e-3)
 
 
 def test_a_stage_names_the_one_that_must_run_first(data, tmp_path):

@@ -1,0 +1,59 @@
+"""Training pictures whose fine scales a model has drawn: the tokens that a decoder meets when it is used.
+
+A decoder that has only seen own tokens takes every drawn one at its word, and shows the noise in them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import token_count
+from ..quantizer import MultiScaleQuantizer
+from ..request import ScaleStep
+from ..star import Options, Star
+
+BATCH = 64
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def redrawn(
+    star: Star,
+    quantizer: MultiScaleQuantizer,
+    tokens: Tensor,
+    captions: Sequence[str],
+    *,
+    given: int,
+    schedule: str,
+    seed: int,
+) -> Tensor:
+    """Return tokens (N, L) of pictures with N captions: the first `given` scales their own, the rest drawn.
+
+    tokens are the pictures' own (N, L), in the quantizer's codes. Raises ValueError for a schedule that draws
+    smooth, whose tokens are not what is decoded, and where no scale is given or none is left to draw.
+    """
+    maps = star.maps(None)
+    if not 0 < given < len(maps):
+        raise ValueError(f"of {len(maps)} scales 1 to {len(maps) - 1} can be given, not {given}")
+    if any(policy.smooth for policy in star.schedule(schedule, maps).scales[given:]):
+        raise ValueError(f"{schedule!r} draws smooth: a decoder needs a schedule that draws tokens")
+    first = token_count(maps[:given])
+    found = []
+    for start in range(0, len(tokens), BATCH):
+        rows = range(start, min(start + BATCH, len(tokens)))
+        own = tokens[rows.start : rows.stop, :first].split([h * w for h, w in maps[:given]], dim=1)
+        f_hats = quantizer.f_hats(own, maps)
+        prefix = tuple(
+            ScaleStep(scale, maps[scale], part.long(), f_hat, given=True)
+            for scale, (part, f_hat) in enumerate(zip(own, f_hats, strict=True))
+        )
+        options = Options(seed=seed, indices=tuple(rows), schedule=schedule, prefix=prefix)
+        steps = star.generate([captions[row] for row in rows], options=options)
+        found.append(torch.cat([step.tokens for step in steps], dim=1))
+        log.info("%d of %d pictures redrawn from scale %d on", rows.stop, len(tokens), given)
+    return torch.cat(found)
