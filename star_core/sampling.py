@@ -165,7 +165,7 @@ def draw(logits: Tensor, uniform: Tensor, *, top_k: int, top_p: float, temperatu
     probabilities = _filtered(keep_top_k(logits, top_k), top_p).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     target = uniform.unsqueeze(-1) * cumulative[..., -1:]
-    tokens = (cumulative <= target).sum(dim=-1)
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     # Rounding may put the target on the total itself, past every token: take the likeliest then.
     likely = probabilities.argmax(dim=-1)
     tokens = torch.where(tokens < logits.shape[-1], tokens, likely)
