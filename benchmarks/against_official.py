@@ -2,14 +2,15 @@
 
     STAR_REFERENCE=path/to/STAR-T2I python benchmarks/against_official.py
 
-Every contender is a process of its own (the official builder patches torch for the whole process):
-`official` is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the
-same at its best, bfloat16 autocast around everything and every weight cast once per picture, `ours-float32`
-and `ours-bfloat16` are this engine with weights in that precision, on a GPU also with CUDA graphs. They
-take turns, so that a machine's moods reach all of them. At the end the pictures of the likeliest tokens are
-compared: where the float32 ones differ, the timings mean nothing and the exit code is 1 (a position where
-two tokens are equally likely is enough: see the share of equal pixels). A contender that falls is named
-with its last words, the others go on. Prints what it has as one JSON line after every round.
+Every contender is a process of its own (the official builder patches torch for the whole process): `official`
+is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the same at its
+best, bfloat16 autocast around everything and every weight cast once per picture, `ours-float32` and `ours-
+bfloat16` are this engine with weights in that precision, on a GPU also with CUDA graphs, on a CPU with
+bfloat16 products also with packed weights. They take turns, so that a machine's moods reach all of them. At
+the end the pictures of the likeliest tokens are compared: where the float32 ones differ, the timings mean
+nothing and the exit code is 1 (a position where two tokens are equally likely is enough: see the share of
+equal pixels). A contender that falls is named with its last words, the others go on. Prints what it has as one
+JSON line after every round.
 
 On a CPU this engine loads its weights from files, as a user's process does. On a GPU, which is paid by the
 second, they are made there, only the float32 pictures are compared, and meanwhile the next size is built.
@@ -53,14 +54,16 @@ from workbench import (
 )
 
 from star_core.config import StarConfig, token_count
+from star_core.packed import can_be_packed
 from star_core.schedule import ScalePolicy, ScaleSchedule, ramp
 from star_core.star import Options, Star, load
 
 GUIDANCE = 4.0
 TOP_K, TOP_P = 4096, 0.8
 CONTENDERS = ("official", "official-autocast", "ours-float32", "ours-bfloat16")
-GRAPHS = "-graphs"
+GRAPHS, PACKED = "-graphs", "-packed"
 ON_A_GPU = (*CONTENDERS, "ours-bfloat16" + GRAPHS)
+ALL = (*ON_A_GPU, "ours-bfloat16" + PACKED)
 TOLERANCE = 1e-3
 """Between two float32 pictures in [0, 1] of the same tokens."""
 COMPARED_ON_A_GPU = ("official", "ours-float32")
@@ -72,6 +75,14 @@ PATIENCE_FLOP = 30e12
 Answer = TypeVar("Answer")
 Drawer = Callable[[str, int, bool], Tensor]
 """Prompt, seed and whether to take the likeliest tokens -> picture (1, 3, H, W) in [0, 1]."""
+
+
+def contenders_on(device: torch.device) -> tuple[str, ...]:
+    if device.type == "cuda":
+        return ON_A_GPU
+    return (
+        tuple(n for n in ALL if not n.endswith(GRAPHS)) if can_be_packed(torch.bfloat16, device) else CONTENDERS
+    )
 
 
 # The contenders, each in its own process
@@ -141,7 +152,7 @@ def official_drawer(config: StarConfig, seed: int, device: torch.device, autocas
 
 
 def our_drawer(
-    config: StarConfig, seed: int, device: torch.device, dtype: torch.dtype, *, graphs: bool
+    config: StarConfig, seed: int, device: torch.device, dtype: torch.dtype, *, graphs: bool, packed: bool
 ) -> Drawer:
     """Return our model with the benchmark's weights: from files in this precision as a user has them.
 
@@ -150,7 +161,7 @@ def our_drawer(
     star = (
         build_star(config, seed, dtype, device, graphs=graphs)
         if device.type == "cuda"
-        else star_from_files(config, seed, device, dtype)
+        else star_from_files(config, seed, device, dtype, packed=packed)
     )
     policies = tuple(ScalePolicy(top_k=1, top_p=TOP_P, guidance=t) for t in ramp(GUIDANCE, len(config.maps)))
     likeliest_schedule = ScaleSchedule(policies, GUIDANCE, maps=config.maps)
@@ -162,7 +173,9 @@ def our_drawer(
     return draw
 
 
-def star_from_files(config: StarConfig, seed: int, device: torch.device, dtype: torch.dtype) -> Star:
+def star_from_files(
+    config: StarConfig, seed: int, device: torch.device, dtype: torch.dtype, *, packed: bool
+) -> Star:
     """Write the random model and load it."""
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own: what making random weights leaves behind is not this contender's.
@@ -172,14 +185,15 @@ def star_from_files(config: StarConfig, seed: int, device: torch.device, dtype: 
         writer.start()
         writer.join()
         # The files stay mapped until the process ends, whatever happens to their names.
-        return load(Path(folder), dtype=dtype, text_dtype=dtype, device=device)
+        return load(Path(folder), dtype=dtype, text_dtype=dtype, device=device, packed=packed)
 
 
 def build(contender: str, config: StarConfig, seed: int, device: torch.device) -> Drawer:
     if contender.startswith("official"):
         return official_drawer(config, seed, device, contender == "official-autocast")
-    dtype = getattr(torch, contender.removeprefix("ours-").removesuffix(GRAPHS))
-    return our_drawer(config, seed, device, dtype, graphs=contender.endswith(GRAPHS))
+    dtype = getattr(torch, contender.removeprefix("ours-").removesuffix(GRAPHS).removesuffix(PACKED))
+    ways = {"graphs": contender.endswith(GRAPHS), "packed": contender.endswith(PACKED)}
+    return our_drawer(config, seed, device, dtype, **ways)
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -299,7 +313,7 @@ def weight_bytes(config: StarConfig) -> int:
 
 
 def too_large(config: StarConfig, device: torch.device) -> str | None:
-    """Return why a size is left out here, or None. Held at once: 1 + 1 + 1 + 1/2, and 1/2 on a GPU."""
+    """Return why a size is left out here, or None. Held at once: 1 + 1 + 1 + 1/2 + 1/2."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         held = 4 * weight_bytes(config) + 12 * GIB
@@ -318,8 +332,8 @@ class Contenders:
 
     def __init__(self, size: str, arguments: argparse.Namespace, folder: Path) -> None:
         self.size = size
-        self._on_a_gpu = torch.device(arguments.device).type == "cuda"
-        names = ON_A_GPU if self._on_a_gpu else CONTENDERS
+        self.device = torch.device(arguments.device)
+        names = contenders_on(self.device)
         self.all = [Contender(name, size, arguments, folder) for name in names]
         self.fallen: dict[str, str] = {}
 
@@ -337,7 +351,7 @@ class Contenders:
 
     def keep_compared(self) -> None:
         """Close those whose pictures are not compared: on a GPU the next ones need their memory."""
-        kept = COMPARED_ON_A_GPU if self._on_a_gpu else CONTENDERS
+        kept = COMPARED_ON_A_GPU if self.device.type == "cuda" else ALL
         for contender in self.all:
             if contender.name not in kept:
                 contender.close()
@@ -412,7 +426,7 @@ def ratios(runs: dict[str, list[dict[str, Any]]], peaks: dict[str, int]) -> dict
     for ours in (name for name in runs if name.startswith("ours")):
         for theirs in (name for name in runs if name.startswith("official")):
             found[f"{ours} is faster than {theirs} by"] = faster(ours, theirs)
-    for ours in ("ours-bfloat16", "ours-float32"):
+    for ours in ("ours-bfloat16", "ours-bfloat16" + PACKED, "ours-float32"):
         if ours in peaks and "official" in peaks:
             found[f"{ours} peak of official's"] = round(peaks[ours] / peaks["official"], 2)
     return found
@@ -446,7 +460,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--worker", choices=ON_A_GPU, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=ALL, help=argparse.SUPPRESS)
     parser.add_argument("--size", choices=SIZES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if "STAR_REFERENCE" not in os.environ:

@@ -96,6 +96,11 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--graphs", action="store_true", help="repeat scales as CUDA graphs: for many pictures on a GPU"
     )
     parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="lay bfloat16 weights out for a CPU's products: for many pictures on a CPU",
+    )
+    parser.add_argument(
         "--low-memory", action="store_true", help="decode in strips: the same picture, less memory, slower"
     )
     parser.add_argument(

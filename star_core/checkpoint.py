@@ -143,11 +143,12 @@ def load_networks(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     eight_bit: str | None = None,
+    packed: bool = False,
 ) -> tuple[StarConfig, Networks]:
     """Load transformer and causal sampler from a safetensors file, strictly.
 
     eight_bit: keep the linear layers' weights in 8 bits, "int8" or "fp8" (`eight_bit`), a fast mode that
-    changes the picture.
+    changes the picture. packed: lay them out for a CPU's bfloat16 products (`packed`).
     Raises ValueError naming file, key and remedy.
     """
     file = TensorFile(path)
@@ -155,7 +156,7 @@ def load_networks(
     networks = build_on_meta(lambda: Networks(config.transformer, operations=operations))
     # Rounded before it moves: the device never holds the whole weights.
     first = "cpu" if eight_bit else device
-    fill(networks, file, STAR_KEYS, source=str(path), dtype=dtype, device=first)
+    fill(networks, file, STAR_KEYS, source=str(path), dtype=dtype, device=first, packing=packed)
     if eight_bit:
         quantize_linears(networks, eight_bit).to(device)
     return config, networks

@@ -24,7 +24,8 @@ class Recipe:
     """What one picture was drawn from; the same recipe on the same checkpoint draws it again.
 
     `size` is (height, width) in pixels; `schedule` the text form; `model` the checkpoint's own name; `dtype`,
-    `eight_bit` and `graphs` how it was loaded. 8-bit products, and pictures by them, differ by kind of device.
+    `eight_bit`, `graphs` and `packed` how it was loaded. 8-bit products, and pictures by them, differ by kind
+    of device.
     """
 
     prompt: str
@@ -37,6 +38,7 @@ class Recipe:
     dtype: str = "float32"
     eight_bit: str | None = None
     graphs: bool = False
+    packed: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -52,9 +54,10 @@ class Recipe:
                 record["eight_bit"] = "int8"
             recipe = Recipe(size=(int(height), int(width)), **record)
             known = recipe.dtype in DTYPES and recipe.eight_bit in EIGHT_BIT
-            if not known or not isinstance(recipe.graphs, bool):
+            if not known or not all(isinstance(said, bool) for said in (recipe.graphs, recipe.packed)):
                 raise ValueError(
-                    f"dtype {recipe.dtype!r}, eight_bit {recipe.eight_bit!r}, graphs {recipe.graphs!r}"
+                    f"dtype {recipe.dtype!r}, eight_bit {recipe.eight_bit!r}, graphs {recipe.graphs!r},"
+                    f" packed {recipe.packed!r}"
                 )
             return recipe
         except (KeyError, TypeError, ValueError, AttributeError) as error:

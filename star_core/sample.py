@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from .packed import can_be_packed
 from .pictures import Recipe, read_recipe, save_png, strip, to_images
 
 if TYPE_CHECKING:
@@ -79,9 +80,12 @@ def _plan_from_recipe(args: argparse.Namespace) -> SamplePlan:
     if args.prompts or args.prompts_file or args.count != 1:
         raise ValueError("--recipe brings its own prompt and seed: leave prompts and --count out")
     recipe = read_recipe(args.recipe)
-    # Graphs are only a matter of rounding: where they cannot be had the picture is drawn as near as can be.
-    graphs = recipe.graphs and args.gpu_memory is None and pick_device(args.device).type == "cuda"
-    loaded = {"dtype": recipe.dtype, "eight_bit": recipe.eight_bit, "graphs": graphs}
+    # Graphs and packed weights are only a matter of rounding: where they cannot be had the picture is drawn as
+    # near as can be.
+    device = pick_device(args.device)
+    graphs = recipe.graphs and args.gpu_memory is None and device.type == "cuda"
+    packed = recipe.packed and can_be_packed(getattr(torch, recipe.dtype), device)
+    loaded = {"dtype": recipe.dtype, "eight_bit": recipe.eight_bit, "graphs": graphs, "packed": packed}
     args = argparse.Namespace(**{**vars(args), **loaded})
     path = _png(args.out) if args.out else Path(args.folder or ".") / f"again-{args.recipe.name}"
     return SamplePlan(
@@ -182,6 +186,7 @@ def load_for(args: argparse.Namespace) -> Star:
         device=pick_device(args.device),
         eight_bit=args.eight_bit,
         graphs=args.graphs,
+        packed=args.packed,
         gpu_memory=None if args.gpu_memory is None else int(args.gpu_memory * 1e9),
     )
 
@@ -226,6 +231,7 @@ def _draw_batch(star: Star, plan: SamplePlan, jobs: Sequence[Job]) -> Iterator[P
             plan.arguments.dtype,
             plan.arguments.eight_bit,
             plan.arguments.graphs,
+            plan.arguments.packed,
         )
         save_png(image, job.path, recipe)
         yield job.path

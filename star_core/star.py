@@ -23,6 +23,7 @@ from .config import StarConfig, TokenMap, maps_for_size
 from .eight_bit import check_device
 from .generate import generate
 from .graphs import Replays
+from .packed import check_packing
 from .presets import read_schedule
 from .request import KeptTokens, PromptSpan, Request, ScaleStep
 from .sampling import PictureSeed
@@ -295,6 +296,7 @@ def load(
     eight_bit: str | None = None,
     graphs: bool = False,
     gpu_memory: int | None = None,
+    packed: bool = False,
 ) -> Star:
     """Load a model: a folder with star.safetensors, vqvae.safetensors and text_encoder/, a single
     transformer file beside such files, or the shipped model (None).
@@ -308,6 +310,8 @@ def load(
     a token may change where two are about as likely. gpu_memory: draw a picture of the trained size within so
     many bytes of a GPU, beside the half gigabyte that CUDA keeps for itself: weights that find no room lie in
     the host's memory and are copied when they are needed (`streaming`). The same pictures, later.
+    packed lays bfloat16 weights out for a CPU's products, for many pictures: loading reads them all and takes
+    longer, each picture is faster; other rounding, rarely.
     Raises ValueError naming file, key and remedy.
     """
     files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)
@@ -317,9 +321,11 @@ def load(
             f"gpu_memory is for a GPU, without graphs and 8-bit weights (device {device}, graphs {graphs},"
             f" eight_bit {eight_bit}): leave it out, or them"
         )
+    if packed:
+        check_packing(dtype, device, eight_bit)
     place = device if gpu_memory is None else torch.device("cpu")
     config, networks = load_networks(
-        files.star, preset_name=preset, dtype=dtype, device=place, eight_bit=eight_bit
+        files.star, preset_name=preset, dtype=dtype, device=place, eight_bit=eight_bit, packed=packed
     )
     check_device(eight_bit, device)
     picture_network = load_vqvae(files.vqvae, config.vqvae, dtype=dtype, device=device)

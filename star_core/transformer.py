@@ -32,7 +32,7 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
-@fused("products.expanded")
+@fused("products.expanded", on=("cpu",))
 def expanded(x: Tensor, linear: nn.Module) -> Tensor:
     """Return the tanh-approximated GELU of a linear layer's output, fused where possible."""
     return F.gelu(linear(x), approximate="tanh")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .config import VQVAEConfig
 from .key_tables import VQVAE_KEYS, KeyTable
+from .packed import PackedLinear, packed
 from .vqvae import VQVAE
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ METADATA_KEY = "star"
 FORMAT = "star-1"
 ZIP_START = b"PK\x03\x04"
 PICKLE_START = b"\x80"
+
+READ_AHEAD = 2**26
+"""Bytes of a file that are in memory beside the copies made of them."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -64,6 +68,10 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def release(self) -> None:
+        """Let go of the pages that were read: tensors that were copied from them need them no more."""
+        self._file = safe_open(self.path, framework="pt")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
@@ -107,18 +115,50 @@ def fill(
     source: str,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    packing: bool = False,
 ) -> ModuleT:
     """Give a module on the meta device its tensors, by the key table, strictly.
 
-    `tensors` carries official names. Raises ValueError naming the missing, surplus or misshapen keys.
+    `tensors` carries official names. Where they lie in a file as they are needed they stay there, mapped.
+    packing: linear layers become packed ones, which hold their weights in memory (`packed`).
+    Raises ValueError naming the missing, surplus or misshapen keys.
     """
     names = check_keys(module, tensors, table, source)
-    found = {}
+    # Either all stay in the file or none: one that stayed would hold what is read of it in memory.
+    copied = packing or torch.device(device).type != "cpu" or not _lie_as_needed(tensors, dtype)
+    found: dict[str, Tensor] = {}
+    packs: dict[str, Tensor] = {}
+    read = 0
     for official, ours in names.items():
         tensor = tensors[official]
-        found[ours] = tensor.to(device=device, dtype=_dtype_of(ours, tensor, dtype))
+        layer, _, leaf = ours.rpartition(".")
+        if packing and leaf == "weight" and isinstance(module.get_submodule(layer), nn.Linear):
+            packs[layer] = packed(tensor.to(dtype=dtype))
+            found[ours] = tensor.to("meta")
+        else:
+            found[ours] = tensor.to(device=device, dtype=_dtype_of(ours, tensor, dtype), copy=copied)
+        read += tensor.nbytes
+        if copied and read > READ_AHEAD and isinstance(tensors, TensorFile):
+            del tensor
+            tensors.release()
+            read = 0
     module.load_state_dict(found, strict=True, assign=True)
+    for layer, weight in packs.items():
+        owner, _, leaf = layer.rpartition(".")
+        plain = cast(nn.Linear, module.get_submodule(layer))
+        setattr(module.get_submodule(owner), leaf, PackedLinear(weight, plain.bias))
     return module.requires_grad_(False).eval()
+
+
+def _lie_as_needed(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bool:
+    """Whether the bulk of the tensors has the dtype already in which a module is to hold them: all matrices."""
+    return all(
+        tensors[name].dtype == (dtype or tensors[name].dtype) for name in tensors if _is_matrix(tensors, name)
+    )
+
+
+def _is_matrix(tensors: Mapping[str, Tensor], name: str) -> bool:
+    return len(_shape(tensors, name)) == 2
 
 
 def check_keys(

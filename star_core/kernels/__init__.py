@@ -1,8 +1,8 @@
-"""The door to fused GPU kernels: plain PyTorch is the reference, and a kernel stands in where it can.
+"""The door to fused kernels: plain PyTorch is the reference, and a kernel stands in where it can.
 
 `fused` names the kernel beside a function. The kernel takes a call that needs no gradients, on a GPU for which
-Triton can build it; every other call, a CPU's among them, runs the function itself. This module knows no
-Triton: the kernels' modules are imported at the first call that they may take.
+Triton can build it, or on another device that it is marked for; every other call runs the function itself. This
+module knows no Triton: the kernels' modules are imported at the first call that they may take.
 """
 
 from __future__ import annotations
@@ -48,18 +48,19 @@ def given_up() -> tuple[str, ...]:
 
 
 def fused(
-    kernel: str,
+    kernel: str, *, on: Sequence[str] = ()
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Mark a function as the reference of `kernel`, "module.function" in this package.
 
     The kernel has the function's arguments, its tensors first and by position, and returns the same, or None
     for shapes and dtypes that it does not take. It changes no state before it has been started.
+    on: types of devices that it runs on besides `DEVICES`.
     """
 
     def mark(reference: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(reference)
         def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            made: Result | None = _by_kernel(kernel, args, kwargs) if _may_take(kernel, args) else None
+            made: Result | None = _by_kernel(kernel, args, kwargs) if _may_take(kernel, args, on) else None
             return reference(*args, **kwargs) if made is None else made
 
         return run
@@ -67,13 +68,15 @@ def fused(
     return mark
 
 
-def _may_take(kernel: str, args: Sequence[object]) -> bool:
+def _may_take(kernel: str, args: Sequence[object], on: Sequence[str]) -> bool:
     """Whether a kernel is there for a call with these arguments."""
     # torch.compile fuses a reference's operations itself.
     if torch.compiler.is_compiling():
         return False
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if not tensors or tensors[0].device.type not in DEVICES or kernel in _given_up or not _wanted.get():
+    if not tensors or kernel in _given_up or not _wanted.get():
+        return False
+    if tensors[0].device.type not in (*DEVICES, *on):
         return False
     if torch.is_grad_enabled():
         layers = [a for a in args if isinstance(a, nn.Module)]

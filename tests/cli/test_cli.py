@@ -17,6 +17,7 @@ from star_core import slices, vqvae
 from star_core.__main__ import main
 from star_core.checkpoint import Networks, save_networks
 from star_core.config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
+from star_core.packed import has_bfloat16_products
 from star_core.pictures import Recipe, read_recipe, save_png
 from star_core.vqvae import VQVAE
 from star_core.weights import save_vqvae
@@ -161,6 +162,24 @@ def test_a_recipe_with_a_precision_that_is_none_is_refused(sample, tmp_path):
     code, _, error = sample("--recipe", path, "--out", tmp_path / "b.png")
     assert code == 2
     assert "dtype 'load'" in error
+
+
+def test_packed_weights_are_refused_or_part_of_the_recipe(sample, tmp_path, monkeypatch):
+    code, _, error = sample("apple", "--packed", "--device", "cpu", "--out", tmp_path / "a.png")
+    assert code == 2
+    assert "choose --dtype bfloat16" in error
+    if not has_bfloat16_products():
+        pytest.skip("this processor multiplies no bfloat16: packed weights are not run")
+    bfloat16 = ["--dtype", "bfloat16", "--device", "cpu"]
+    assert sample("apple", *bfloat16, "--packed", "--out", tmp_path / "a.png")[0] == 0
+    assert read_recipe(tmp_path / "a.png").packed
+    assert sample("--recipe", tmp_path / "a.png", "--device", "cpu", "--out", tmp_path / "b.png")[0] == 0
+    assert read_recipe(tmp_path / "b.png") == read_recipe(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+    # On a processor that cannot it is drawn as near as can be.
+    monkeypatch.setattr("star_core.packed.has_bfloat16_products", lambda: False)
+    assert sample("--recipe", tmp_path / "a.png", "--device", "cpu", "--out", tmp_path / "c.png")[0] == 0
+    assert not read_recipe(tmp_path / "c.png").packed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is drawn with graphs again")

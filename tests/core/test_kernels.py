@@ -49,6 +49,14 @@ def test_a_kernel_takes_a_call_on_its_devices_and_no_other(kernel: Callable, mon
     assert doubled(torch.ones(2)) == "reference"
 
 
+def test_a_kernel_may_be_marked_for_another_device(kernel: Callable, monkeypatch: pytest.MonkeyPatch):
+    kernel(lambda x, **options: "kernel")
+    monkeypatch.setattr(kernels, "DEVICES", ("cuda",))
+    both = fused("nothing.doubled", on=("cpu",))(lambda x: "reference")
+    assert both(torch.ones(2)) == "kernel"
+    assert both(torch.ones(2, device="meta")) == "reference"
+
+
 def test_kernels_can_be_switched_off_for_a_while(kernel: Callable):
     kernel(lambda x: "kernel")
     with references_only():
