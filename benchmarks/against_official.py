@@ -4,8 +4,8 @@
 
 Every contender is a process of its own (the official builder patches torch for the whole process): `official`
 is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the same at its
-best, bfloat16 autocast around everything and every weight cast once per picture, `ours-float32` and `ours-
-bfloat16` are this engine with weights in that precision, on a GPU also with CUDA graphs, on a CPU with
+best, bfloat16 autocast around everything and every weight cast once per picture, `ours-float32` and
+`ours-bfloat16` are this engine with weights in that precision, on a GPU also with CUDA graphs, on a CPU with
 bfloat16 products also with packed weights. They take turns, so that a machine's moods reach all of them. At
 the end the pictures of the likeliest tokens are compared: where the float32 ones differ, the timings mean
 nothing and the exit code is 1 (a position where two tokens are equally likely is enough: see the share of
