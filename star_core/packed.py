@@ -7,6 +7,8 @@ picture, and small scales spend most of their time on it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,13 @@ from torch import Tensor, nn
 @functools.cache
 def has_bfloat16_products() -> bool:
     """Whether oneDNN is built in, and multiplies bfloat16 on this processor."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    operators = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, o) for o in operators):
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def can_be_packed(dtype: torch.dtype, device: torch.device) -> bool:
+def can_be_packed(dtype: torch.dtype | None, device: torch.device) -> bool:
     """Whether weights of this dtype, on this device, can be packed."""
     return device.type == "cpu" and dtype == torch.bfloat16 and has_bfloat16_products()
 
@@ -42,7 +47,7 @@ def packed(weight: Tensor) -> Tensor:
 class PackedLinear(nn.Module):
     """A linear layer, on a CPU and in bfloat16, whose weight (out, in) is `packed`, and its bias (out,) plain.
 
-    The weight is no parameter: nothing else can read, move or cast it.
+    The weight is no parameter: nothing else can read, move, cast, copy or save it.
     """
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
@@ -65,6 +70,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = Fals
 
     gelu: its tanh-approximated GELU, read from the float32 sums.
     """
+    assert x.dtype == torch.bfloat16, f"a bfloat16 product, of activations in {x.dtype}"
     activation, kind = ("gelu", "tanh") if gelu else ("none", "")
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], kind)
     return made
+
+
+def put_packed(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put packed layers in the place of a module's linear ones, by their paths; biases stay."""
+    for path, weight in weights.items():
+        owner, _, leaf = path.rpartition(".")
+        plain = cast(nn.Linear, module.get_submodule(path))
+        setattr(module.get_submodule(owner), leaf, PackedLinear(weight, plain.bias))

@@ -311,7 +311,7 @@ def load(
     many bytes of a GPU, beside the half gigabyte that CUDA keeps for itself: weights that find no room lie in
     the host's memory and are copied when they are needed (`streaming`). The same pictures, later.
     packed lays bfloat16 weights out for a CPU's products, for many pictures: loading reads them all and takes
-    longer, each picture is faster; other rounding, rarely.
+    longer, each picture is faster; other rounding, so that a token may change where two are about as likely.
     Raises ValueError naming file, key and remedy.
     """
     files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)

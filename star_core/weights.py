@@ -10,10 +10,10 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .config import VQVAEConfig
 from .key_tables import VQVAE_KEYS, KeyTable
-from .packed import PackedLinear, packed
+from .packed import can_be_packed, packed, put_packed
 from .vqvae import VQVAE
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ FORMAT = "star-1"
 ZIP_START = b"PK\x03\x04"
 PICKLE_START = b"\x80"
 
-READ_AHEAD = 2**26
-"""Bytes of a file that are in memory beside the copies made of them."""
+RELEASE_AFTER = 2**26
+"""Bytes of a mapped file that are read before they are let go of, where copies are made of them."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -45,15 +45,17 @@ class TensorFile(Mapping[str, Tensor]):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         self.path = path
+        # Opened here already so that a broken file is refused before any module is built.
+        self._file = self._open()
+        self._names = tuple(self._file.keys())
+        self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+
+    def _open(self) -> Any:
         try:
-            # Opened once here so that a broken file is refused before any module is built.
-            with safe_open(path, framework="pt") as file:
-                self._names = tuple(file.keys())
-                self.metadata: dict[str, str] = dict(file.metadata() or {})
-            self._file = safe_open(path, framework="pt")
+            return safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path}: not a whole safetensors file ({error!s:.200}). Download it again; an original"
+                f"{self.path}: not a whole safetensors file ({error!s:.200}). Download it again; an original"
                 " .pth needs `python -m star_core convert` first"
             ) from error
 
@@ -71,7 +73,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     def release(self) -> None:
         """Let go of the pages that were read: tensors that were copied from them need them no more."""
-        self._file = safe_open(self.path, framework="pt")
+        self._file = self._open()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
@@ -119,13 +121,15 @@ def fill(
 ) -> ModuleT:
     """Give a module on the meta device its tensors, by the key table, strictly.
 
-    `tensors` carries official names. Where they lie in a file as they are needed they stay there, mapped.
-    packing: linear layers become packed ones, which hold their weights in memory (`packed`).
-    Raises ValueError naming the missing, surplus or misshapen keys.
+    `tensors` carries official names. On a CPU, matrices whose dtype is the wanted one stay in their file,
+    mapped; otherwise everything is copied. packing: linear layers become packed ones, for a dtype and device
+    that `can_be_packed`. Raises ValueError naming the missing, surplus or misshapen keys.
     """
     names = check_keys(module, tensors, table, source)
+    device = torch.device(device)
+    assert not packing or can_be_packed(dtype, device), "checked by who asks for it"
     # Either all stay in the file or none: one that stayed would hold what is read of it in memory.
-    copied = packing or torch.device(device).type != "cpu" or not _lie_as_needed(tensors, dtype)
+    copied = packing or device.type != "cpu" or not _lie_as_needed(tensors, names, dtype)
     found: dict[str, Tensor] = {}
     packs: dict[str, Tensor] = {}
     read = 0
@@ -138,27 +142,19 @@ def fill(
         else:
             found[ours] = tensor.to(device=device, dtype=_dtype_of(ours, tensor, dtype), copy=copied)
         read += tensor.nbytes
-        if copied and read > READ_AHEAD and isinstance(tensors, TensorFile):
+        if copied and read > RELEASE_AFTER and isinstance(tensors, TensorFile):
             del tensor
             tensors.release()
             read = 0
     module.load_state_dict(found, strict=True, assign=True)
-    for layer, weight in packs.items():
-        owner, _, leaf = layer.rpartition(".")
-        plain = cast(nn.Linear, module.get_submodule(layer))
-        setattr(module.get_submodule(owner), leaf, PackedLinear(weight, plain.bias))
+    put_packed(module, packs)
     return module.requires_grad_(False).eval()
 
 
-def _lie_as_needed(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> bool:
-    """Whether the bulk of the tensors has the dtype already in which a module is to hold them: all matrices."""
-    return all(
-        tensors[name].dtype == (dtype or tensors[name].dtype) for name in tensors if _is_matrix(tensors, name)
-    )
-
-
-def _is_matrix(tensors: Mapping[str, Tensor], name: str) -> bool:
-    return len(_shape(tensors, name)) == 2
+def _lie_as_needed(tensors: Mapping[str, Tensor], names: Iterable[str], dtype: torch.dtype | None) -> bool:
+    """Whether all matrices among the tensors with these names have the wanted dtype, None for any."""
+    matrices = [tensors[name] for name in names if len(_shape(tensors, name)) == 2]
+    return all(matrix.dtype == (dtype or matrix.dtype) for matrix in matrices)
 
 
 def check_keys(

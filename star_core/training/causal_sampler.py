@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
         sampler.load_state_dict(state["model"])
         for optimizer, stored in zip(made, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
-        average.state, average.steps = state["average"], checkpoint.step
+        average.resume(state["average"], checkpoint.step)
 
     def save() -> None:
         checkpoint.save(

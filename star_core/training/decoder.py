@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from ..checkpoint import load_vqvae
 from ..config import VQVAEConfig, square_maps
 from ..evaluation.lpips import load_lpips
-from ..star import load
+from ..star import Star, load
 from ..transfer import upload
 from ..vqvae import VQVAE
 from .captions import plain_caption
@@ -26,7 +28,7 @@ from .discriminator import PatchDiscriminator, balance, convincing_loss, judging
 from .emoji import EmojiSet
 from .lessons import encode_all, run_folder_file
 from .packages import asset_path
-from .redrawn import redrawn
+from .redrawn import redraw_last_scales
 from .run import (
     Average,
     Checkpoint,
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def drawn(
+def decoded(
     vqvae: VQVAE, tokens: Tensor, lengths: list[int], sides: list[int], autocast: AbstractContextManager[Any]
 ) -> Tensor:
     """Return what the decoder makes of tokens (B, L): pictures (B, 3, H, W), not clamped."""
@@ -84,20 +86,56 @@ def drawn(
     return pictures.float()
 
 
-def versions(args: argparse.Namespace, data: EmojiSet, vqvae: VQVAE, own: Tensor, rows: Tensor) -> Tensor:
-    """Return the tokens (V, N, L) of the pictures `rows` (N,) of the set: their own, `own` (N, L), and as a
-    model redraws them."""
-    found = [own]
-    if args.model is not None:
-        vqvae_file = run_folder_file(args.tokenizer_run, "vqvae.safetensors")
-        dtype = torch.bfloat16 if args.bfloat16 else torch.float32
-        star = load(args.model, vqvae=vqvae_file, text_encoder=args.text, dtype=dtype, device=args.device)
-        captions = [plain_caption(data.records[row]) for row in rows.tolist()]
-        for count in args.redrawn:
-            given = len(args.sides) - count
-            options = {"given": given, "schedule": args.schedule, "seed": args.seed}
-            found.append(redrawn(star, vqvae.quantizer, own, captions, **options))
-    return torch.stack(found)
+def load_redrawing(args: argparse.Namespace) -> Star | None:
+    """Return the model that is to redraw pictures, None where none was asked for.
+
+    Raises ValueError where it and the options do not fit each other.
+    """
+    if args.model is None:
+        return None
+    if wrong := [count for count in args.redrawn if not 0 < count < len(args.sides)]:
+        raise ValueError(
+            f"--redrawn {wrong[0]}: of {len(args.sides)} scales the last 1 to {len(args.sides) - 1} can be"
+        )
+    star = load(
+        args.model,
+        vqvae=run_folder_file(args.tokenizer_run, "vqvae.safetensors"),
+        text_encoder=args.text,
+        dtype=torch.bfloat16 if args.bfloat16 else torch.float32,
+        device=args.device,
+    )
+    if star.config.maps != square_maps(args.sides):
+        sides = " ".join(str(height) for height, _ in star.config.maps)
+        raise ValueError(f"{args.model} draws scales of {sides}: give --sides {sides}, and its tokenizer's run")
+    return star
+
+
+def token_versions(
+    args: argparse.Namespace, star: Star | None, vqvae: VQVAE, own: Tensor, captions: Sequence[str]
+) -> Tensor:
+    """Return the tokens (V, N, L) of pictures with N captions: `own` (N, L), and each redrawn version."""
+    if star is None:
+        return own.unsqueeze(0)
+    how = {"schedule": args.schedule, "seed": args.seed}
+    redrawn = [
+        redraw_last_scales(star, vqvae.quantizer, own, captions, count=count, **how) for count in args.redrawn
+    ]
+    return torch.stack([own, *redrawn])
+
+
+def stored_versions(args: argparse.Namespace, state: Mapping[str, Any], own: Tensor) -> Tensor:
+    """Return the token versions (V, N, L) of a checkpoint; runs from before there were any have `own` (N, L).
+
+    Raises ValueError where the options ask for other ones.
+    """
+    kept: Tensor = state["versions"].to(own.device) if "versions" in state else own.unsqueeze(0)
+    wanted = 1 if args.model is None else 1 + len(args.redrawn)
+    if len(kept) != wanted:
+        raise ValueError(
+            f"the run in {args.run} has {len(kept)} versions of each picture, these options ask for {wanted}:"
+            " give the options that it began with, or another --run"
+        )
+    return kept
 
 
 def run(args: argparse.Namespace) -> None:
@@ -105,6 +143,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    star = load_redrawing(args)
     torch.default_generator.manual_seed(args.seed)  # a training command owns its process
     vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
     data = EmojiSet.load(args.data, args.size)
@@ -127,12 +166,16 @@ def run(args: argparse.Namespace) -> None:
     if state := checkpoint.load():
         vqvae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        average.state, average.steps = state["average"], checkpoint.step
+        average.resume(state["average"], checkpoint.step)
         judge.load_state_dict(state["judge"])
         judge_optimizer.load_state_dict(state["judge_optimizer"])
-        shown = state["shown"]
+    own = tokens[upload(train, device)]
+    if state is not None:
+        versions = stored_versions(args, state, own)
     else:
-        shown = versions(args, data, vqvae, tokens[upload(train, device)], train)
+        captions = [plain_caption(data.records[row]) for row in train.tolist()]
+        versions = token_versions(args, star, vqvae, own, captions)
+        checkpoint.started = time.monotonic()
 
     def save() -> None:
         checkpoint.save(
@@ -142,23 +185,26 @@ def run(args: argparse.Namespace) -> None:
                 "average": average.state,
                 "judge": judge.state_dict(),
                 "judge_optimizer": judge_optimizer.state_dict(),
-                "shown": shown,
+                "versions": versions,
             }
         )
         export(average, vqvae.config, args.run)
         found = held_out_psnr(average, vqvae.config, tokens[held_out], pictures_of.take(held_out), args.sides)
         log.info("step %d held-out PSNR %.2f dB", checkpoint.step, found)
 
+    if star is not None and state is None:
+        save()  # redrawing took a while
+    del star
     for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
         step, done = checkpoint.step, checkpoint.done(args)
         if done >= 1:
             break
         set_rate(optimizer, rate_at(step, done, args.rate))
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        version = torch.randint(len(shown), (len(batch),), generator=generator)
+        version = torch.randint(len(versions), (len(batch),), generator=generator)
         real = pictures_of.take(train[batch])
-        seen = shown[upload(version, device), upload(batch, device)]
-        made = drawn(vqvae, seen, lengths, args.sides, precision(args))
+        seen = versions[upload(version, device), upload(batch, device)]
+        made = decoded(vqvae, seen, lengths, args.sides, precision(args))
         pixel = (made - real).abs().mean()
         few = max(1, int(len(real) * args.perceptual_share))
         with precision(args):
@@ -213,5 +259,5 @@ def held_out_psnr(
     averaged = VQVAE(config).to(real.device)
     averaged.load_state_dict(average.state)
     lengths = [side * side for side in sides]
-    made = drawn(averaged, tokens, lengths, sides, nullcontext())
+    made = decoded(averaged, tokens, lengths, sides, nullcontext())
     return psnr(made.clamp(-1, 1), real)

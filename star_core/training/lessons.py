@@ -25,15 +25,15 @@ from .run import PictureStore
 
 ENCODE_BATCH = 128
 PROMPT_DROPOUT = 0.1
-LENGTH_STEP = 8
-"""Captions are cut to multiples of it: compiled code has one version per length."""
+LENGTH_STEP = 16
+"""Batches of captions are cut to multiples of it: compiled code has one version per length."""
 LONGEST_SHIFT = 4
 """Pixels: half a latent cell of the shipped VQ-VAE."""
 
 
 class Plan(NamedTuple):
     """What a batch is about, made on the CPU: which pictures (B,), in which rendering (B,), and the captions'
-    token ids (B, T) with their mask, cut to the longest."""
+    token ids (B, T) with their mask, T the longest rounded up to a multiple of LENGTH_STEP."""
 
     pictures: Tensor
     variants: Tensor
@@ -139,8 +139,8 @@ class Lessons:
         return self.lesson(self.planner.plan(torch.from_numpy(self.data.indices("pairs")[:count]), None))
 
     def _text(self, plan: Plan) -> TextStates:
-        """Return text states cut to the longest caption: equal to the padded ones, since CLIP looks back only
-        and cross-attention masks the padding."""
+        """Return text states cut to about the longest caption: equal to the padded ones, since CLIP looks back
+        only and cross-attention masks the padding."""
         states = self.text_encoder.model(input_ids=plan.ids, attention_mask=plan.mask.long())
         return TextStates(states.last_hidden_state.float(), plan.mask, states.pooler_output.float())
 

@@ -22,24 +22,25 @@ log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def redrawn(
+def redraw_last_scales(
     star: Star,
     quantizer: MultiScaleQuantizer,
     tokens: Tensor,
     captions: Sequence[str],
     *,
-    given: int,
+    count: int,
     schedule: str,
     seed: int,
 ) -> Tensor:
-    """Return tokens (N, L) of pictures with N captions: the first `given` scales their own, the rest drawn.
+    """Return tokens (N, L) of pictures with N captions: the last `count` scales drawn, the others their own.
 
     tokens are the pictures' own (N, L), in the quantizer's codes. Raises ValueError for a schedule that draws
-    smooth, whose tokens are not what is decoded, and where no scale is given or none is left to draw.
+    smooth, whose tokens are not what is decoded, and where no scale would be drawn or none be left.
     """
     maps = star.maps(None)
+    given = len(maps) - count
     if not 0 < given < len(maps):
-        raise ValueError(f"of {len(maps)} scales 1 to {len(maps) - 1} can be given, not {given}")
+        raise ValueError(f"of {len(maps)} scales the last 1 to {len(maps) - 1} can be redrawn, not {count}")
     if any(policy.smooth for policy in star.schedule(schedule, maps).scales[given:]):
         raise ValueError(f"{schedule!r} draws smooth: a decoder needs a schedule that draws tokens")
     first = token_count(maps[:given])

@@ -54,11 +54,12 @@ def add_compile_argument(parser: argparse.ArgumentParser) -> None:
 def compile_blocks(args: argparse.Namespace, blocks: Iterable[nn.Module]) -> None:
     """Fuse each block's operations where it was asked for.
 
-    Block by block: blocks are alike, so that one is built for all of them, and what is around them is little.
+    Block by block: blocks are alike, and what is around them is little. A ninth shape (caption length, window
+    or whole maps) would run unfused, torch says so then.
     """
     if args.compile:
         for block in blocks:
-            block.compile(dynamic=False, fullgraph=True)
+            block.compile(dynamic=False)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
@@ -108,6 +109,12 @@ class Average:
         self.keep = keep
         self.steps = 0
         self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    def resume(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Go on from a stored state after `steps` updates, on the device where the parameters are."""
+        for name, value in self.state.items():
+            value.copy_(state[name])
+        self.steps = steps
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:

@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     if state := checkpoint.load():
         trainer.vqvae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        average.state, average.steps = state["average"], checkpoint.step
+        average.resume(state["average"], checkpoint.step)
     pictures_of = PictureStore(data.pictures, device)
     real = pictures_of.take(torch.from_numpy(held_out))
 

@@ -67,7 +67,8 @@ def test_a_packed_model_draws_what_the_plain_one_draws_but_for_rounding():
     assert PackedLinear in kinds
     assert nn.Linear not in kinds
     text = plain.encode_text(PROMPTS)
-    tokens = torch.randint(1024, (2, sum(h * w for h, w in plain.config.maps)))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1024, (2, sum(h * w for h, w in plain.config.maps)), generator=generator)
     inputs = plain.vqvae.quantizer.teacher_inputs(
         tokens.split([h * w for h, w in plain.config.maps], dim=1), plain.config.maps
     )
@@ -76,9 +77,10 @@ def test_a_packed_model_draws_what_the_plain_one_draws_but_for_rounding():
         keys = star.transformer.text_keys(text.hidden, text.mask)
         features = star.transformer(inputs, text.pooled, keys, star.config.maps)
         found.append(star.transformer.logits(features))
-    # The bound of bfloat16 itself, see NOTES.md: what another order of sums may change.
-    assert (found[0] - found[1]).abs().max() < 0.5
-    assert (found[0] - found[1]).abs().mean() < 0.02
+    # At most what bfloat16 itself costs (NOTES.md), in deviations of the logits: another order of sums.
+    difference = (found[0] - found[1]) / found[0].std()
+    assert difference.abs().max() < 0.25
+    assert difference.abs().mean() < 0.01
     pictures = small.draw(PROMPTS, options=Options(seed=3))
     assert pictures.shape == (2, 3, 64, 64)
     assert torch.equal(pictures, small.draw(PROMPTS, options=Options(seed=3)))
@@ -98,6 +100,19 @@ def test_a_device_that_packs_nothing_is_refused():
         check_packing(torch.bfloat16, torch.device("cuda"), None)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64])
+def test_a_tensor_that_is_dropped_does_not_decide_whether_a_file_is_mapped(tmp_path: Path, monkeypatch, kind):
+    whole = Layers()
+    extra = {"position_ids": torch.zeros(1, 77, dtype=kind)}
+    save_tensors(tmp_path / "layers.safetensors", {**whole.state_dict(), **extra}, {})
+    monkeypatch.setattr(TensorFile, "release", lambda self: pytest.fail("copied"))
+    monkeypatch.setattr("star_core.weights.RELEASE_AFTER", 0)
+    with torch.device("meta"):
+        module = Layers()
+    fill(module, TensorFile(tmp_path / "layers.safetensors"), Names(), source="layers", dtype=torch.float32)
+    assert torch.equal(module.gain, whole.gain)
+
+
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -113,15 +128,15 @@ class Names:
 
     official = ours
 
-    def reason_dropped(self, name: str) -> None:
-        return None
+    def reason_dropped(self, name: str) -> str | None:
+        return "positions are counted" if name == "position_ids" else None
 
 
 @needs_products
 def test_a_module_is_filled_with_packed_layers_and_plain_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("star_core.weights.READ_AHEAD", 100)  # the file is let go of and opened again
+    monkeypatch.setattr("star_core.weights.RELEASE_AFTER", 100)  # the file is let go of and opened again
     whole = Layers()
     save_tensors(tmp_path / "layers.safetensors", whole.state_dict(), {})
     file = TensorFile(tmp_path / "layers.safetensors")
@@ -145,7 +160,7 @@ def test_a_file_that_is_cast_is_let_go_of_while_it_is_read(tmp_path: Path, monke
     released = []
     original = TensorFile.release
     monkeypatch.setattr(TensorFile, "release", lambda self: (released.append(self), original(self)))
-    monkeypatch.setattr("star_core.weights.READ_AHEAD", 100)
+    monkeypatch.setattr("star_core.weights.RELEASE_AFTER", 100)
     for dtype, lets_go in ((None, False), (torch.float32, False), (torch.bfloat16, True)):
         released.clear()
         with torch.device("meta"):
