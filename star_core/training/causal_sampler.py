@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..causal_sampler import CausalSampler
 from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
 from ..config import StarConfig
-from ..presets import sampler_start
+from ..presets import read_schedule, sampler_start
 from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Transformer
@@ -66,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="renderings of each picture: as it is, then mirrored and shifted",
     )
     parser.add_argument("--sampler-depth", type=int, default=3)
+    parser.add_argument(
+        "--schedule", help="the checkpoint's own schedule, by name or text (default: the transformer's)"
+    )
 
 
 def known_mask(batch: int, tokens: int, rng: np.random.Generator) -> Tensor:
@@ -130,8 +133,12 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     base, networks = load_networks(run_folder_file(args.transformer_run, "star.safetensors"), device=device)
+    if args.schedule is not None:
+        read_schedule(args.schedule, base.maps)  # refused before anything is trained
     config = dataclasses.replace(
-        base, transformer=dataclasses.replace(base.transformer, sampler_depth=args.sampler_depth)
+        base,
+        transformer=dataclasses.replace(base.transformer, sampler_depth=args.sampler_depth),
+        schedule=args.schedule or base.schedule,
     )
     data = EmojiSet.load(args.data, args.size)
     vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)

@@ -202,6 +202,19 @@ def test_a_killed_decoder_run_with_a_discriminator_ends_as_an_unbroken_one(data,
     assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
 
 
+def test_a_sampler_run_may_name_the_checkpoint_s_own_schedule(data, tokenizer_run, transformer_run, tmp_path):
+    options = ["--tokenizer-run", str(tokenizer_run), "--transformer-run", str(transformer_run)]
+    options += ["--text", str(SHIPPED), "--sampler-depth", "1"]
+    own = "top_k 32*2 1; guidance 2"
+    run = train(causal_sampler, tmp_path / "own", data, *options, "--schedule", own, steps=1)
+    star = load(run / "star.safetensors", vqvae=tokenizer_run / "vqvae.safetensors", text_encoder=SHIPPED)
+    assert star.config.schedule == own
+    assert [policy.top_k for policy in star.schedule(None, star.maps(None)).scales] == [32, 32, 1]
+    with pytest.raises(ValueError, match="top_k"):
+        train(causal_sampler, tmp_path / "wrong", data, *options, "--schedule", "top_k 32*2")
+    assert not (tmp_path / "wrong").exists()
+
+
 def redrawing_options(transformer_run: Path) -> list[str]:
     return ["--model", str(transformer_run / "star.safetensors"), "--text", str(SHIPPED), "--redrawn", "1", "2"]
 
