@@ -133,6 +133,11 @@ class LPIPS(nn.Module):
             distances = [_layer_distance(f, g, weights) for f, g, weights in layers]
         return torch.stack(distances).sum(0)
 
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """How many channels each of the compared activations has."""
+        return tuple(len(weights) for weights in self.channel_weights)
+
     def features(self, pictures: Tensor) -> Iterator[Tensor]:
         """Yield the compared activations (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]."""
         state = ((pictures - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)

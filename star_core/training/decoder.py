@@ -24,7 +24,7 @@ from ..star import Star, load
 from ..transfer import upload
 from ..vqvae import VQVAE
 from .captions import plain_caption
-from .discriminator import PatchDiscriminator, balance, convincing_loss, judging_loss
+from .discriminator import Adversary, balance
 from .emoji import EmojiSet
 from .lessons import encode_all, run_folder_file
 from .packages import asset_path
@@ -43,8 +43,6 @@ from .tokenizer import add_perceptual_argument, export, psnr
 
 log = logging.getLogger(__name__)
 
-JUDGE_RATE = 5e-4
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `train decoder` to the command line."""
@@ -56,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer-run", type=Path, required=True)
     add_perceptual_argument(parser)
     parser.add_argument(
-        "--adversarial", type=float, default=0.0, help="weight of a patch discriminator's loss, 0 for none"
+        "--adversarial", type=float, default=0.0, help="weight of a discriminator's loss, 0 for none"
+    )
+    parser.add_argument(
+        "--head-start", type=int, default=200, help="steps that the discriminator learns before it may push"
     )
     parser.add_argument(
         "--model",
@@ -71,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1, 2],
         metavar="SCALES",
-        help="how many last scales it redraws: one version of every picture each",
+        help="how many last scales it redraws: one version of every picture each. Where all are redrawn, the"
+        " discriminator alone judges the picture",
     )
 
 
@@ -93,9 +95,13 @@ def load_redrawing(args: argparse.Namespace) -> Star | None:
     """
     if args.model is None:
         return None
-    if wrong := [count for count in args.redrawn if not 0 < count < len(args.sides)]:
+    if wrong := [count for count in args.redrawn if not 0 < count <= len(args.sides)]:
+        scales = len(args.sides)
+        raise ValueError(f"--redrawn {wrong[0]}: of {scales} scales the last 1 to {scales} can be")
+    if len(args.sides) in args.redrawn and not args.adversarial:
         raise ValueError(
-            f"--redrawn {wrong[0]}: of {len(args.sides)} scales the last 1 to {len(args.sides) - 1} can be"
+            f"--redrawn {len(args.sides)} draws whole pictures, which only a discriminator can judge: give"
+            " --adversarial, or redraw fewer scales"
         )
     star = load(
         args.model,
@@ -160,16 +166,16 @@ def run(args: argparse.Namespace) -> None:
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
     optimizer = torch.optim.AdamW(trained, args.rate, betas=(0.9, 0.95), weight_decay=0.01)
     average = Average(vqvae, 0.995)
-    judge = PatchDiscriminator().to(device)
-    judge_optimizer = torch.optim.AdamW(judge.parameters(), JUDGE_RATE, betas=(0.5, 0.9))
+    adversary = Adversary(perceptual, args.head_start, device) if args.adversarial else None
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
         vqvae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.resume(state["average"], checkpoint.step)
-        judge.load_state_dict(state["judge"])
-        judge_optimizer.load_state_dict(state["judge_optimizer"])
+        if adversary is not None and state.get("adversary"):
+            adversary.resume(state["adversary"])
     own = tokens[upload(train, device)]
+    comparable = torch.tensor([True, *(count < len(maps) for count in args.redrawn)])
     if state is not None:
         versions = stored_versions(args, state, own)
     else:
@@ -183,8 +189,7 @@ def run(args: argparse.Namespace) -> None:
                 "model": vqvae.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "average": average.state,
-                "judge": judge.state_dict(),
-                "judge_optimizer": judge_optimizer.state_dict(),
+                "adversary": None if adversary is None else adversary.state(),
                 "versions": versions,
             }
         )
@@ -205,50 +210,31 @@ def run(args: argparse.Namespace) -> None:
         real = pictures_of.take(train[batch])
         seen = versions[upload(version, device), upload(batch, device)]
         made = decoded(vqvae, seen, lengths, args.sides, precision(args))
-        pixel = (made - real).abs().mean()
-        few = max(1, int(len(real) * args.perceptual_share))
+        compared = comparable[version].nonzero().flatten()
+        pixel = (made - real)[upload(compared, device)].abs().sum() / made.numel()
+        few = upload(compared[: max(1, int(len(real) * args.perceptual_share))], device)
         with precision(args):
-            distance = perceptual(made[:few].clamp(-1, 1), real[:few]).float().mean()
-        loss = pixel + args.perceptual * distance
-        if args.adversarial:
-            with precision(args):
-                convincing = convincing_loss(judge(made))
-            loss = loss + args.adversarial * balance(loss, convincing, last_layer) * convincing
+            distance = perceptual(made[few].clamp(-1, 1), real[few]).float().sum() / max(1, len(few))
+        (pull,) = torch.autograd.grad(pixel + args.perceptual * distance, made, retain_graph=True)
+        judged = 0.0
+        if adversary is not None:
+            push, judged = adversary.step(made, real, generator)
+            if push is not None:
+                pull = pull + args.adversarial * balance(made, pull, push, last_layer) * push
         optimizer.zero_grad()
-        loss.backward()
+        made.backward(pull)
         nn.utils.clip_grad_norm_(trained, 2.0)
         optimizer.step()
         average.update(vqvae)
-        judged = (
-            judge_step(judge, judge_optimizer, real, made.detach(), precision(args))
-            if args.adversarial
-            else torch.zeros(())
-        )
         checkpoint.step += 1
         if step % args.log_every == 0:
             seconds = checkpoint.total_seconds()
-            losses = (pixel.item(), distance.item(), judged.item())
+            losses = (pixel.item(), distance.item(), judged)
             log.info("step %d %.0f s l1 %.4f lpips %.4f judge %.3f", step, seconds, *losses)
         if checkpoint.step % args.save_every == 0:
             save()
     if checkpoint.step > checkpoint.saved:
         save()
-
-
-def judge_step(
-    judge: PatchDiscriminator,
-    optimizer: torch.optim.Optimizer,
-    real: Tensor,
-    made: Tensor,
-    autocast: AbstractContextManager[Any],
-) -> Tensor:
-    """Teach the discriminator one batch of real and drawn pictures (B, 3, H, W); return its loss."""
-    with autocast:
-        loss = judging_loss(judge(real), judge(made))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
 
 
 @torch.no_grad()

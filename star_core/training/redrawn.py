@@ -1,4 +1,4 @@
-"""Training pictures whose fine scales a model has drawn: the tokens that a decoder meets when it is used.
+"""Training pictures whose fine scales (or all) a model has drawn: the tokens that a decoder meets in use.
 
 A decoder that has only seen own tokens takes every drawn one at its word, and shows the noise in them.
 """
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..config import token_count
 from ..quantizer import MultiScaleQuantizer
 from ..request import ScaleStep
 from ..star import Options, Star
@@ -35,20 +34,20 @@ def redraw_last_scales(
     """Return tokens (N, L) of pictures with N captions: the last `count` scales drawn, the others their own.
 
     tokens are the pictures' own (N, L), in the quantizer's codes. Raises ValueError for a schedule that draws
-    smooth, whose tokens are not what is decoded, and where no scale would be drawn or none be left.
+    smooth, whose tokens are not what is decoded, and for a count of scales that there are not.
     """
     maps = star.maps(None)
     given = len(maps) - count
-    if not 0 < given < len(maps):
-        raise ValueError(f"of {len(maps)} scales the last 1 to {len(maps) - 1} can be redrawn, not {count}")
+    if not 0 <= given < len(maps):
+        raise ValueError(f"of {len(maps)} scales the last 1 to {len(maps)} can be redrawn, not {count}")
     if any(policy.smooth for policy in star.schedule(schedule, maps).scales[given:]):
         raise ValueError(f"{schedule!r} draws smooth: a decoder needs a schedule that draws tokens")
-    first = token_count(maps[:given])
+    lengths = [h * w for h, w in maps[:given]]
     found = []
     for start in range(0, len(tokens), BATCH):
         rows = range(start, min(start + BATCH, len(tokens)))
-        own = tokens[rows.start : rows.stop, :first].split([h * w for h, w in maps[:given]], dim=1)
-        f_hats = quantizer.f_hats(own, maps)
+        own = tokens[rows.start : rows.stop, : sum(lengths)].split(lengths, dim=1) if given else ()
+        f_hats = quantizer.f_hats(own, maps) if given else ()
         prefix = tuple(
             ScaleStep(scale, maps[scale], part.long(), f_hat, given=True)
             for scale, (part, f_hat) in enumerate(zip(own, f_hats, strict=True))

@@ -1,41 +1,112 @@
-"""The patch discriminator: what it learns, and how its loss is balanced against the distance."""
+"""The discriminator: what it learns, how it is kept from learning by heart, and how its loss is balanced."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from star_core.training.discriminator import PatchDiscriminator, balance, convincing_loss, judging_loss
+from star_core.training.discriminator import (
+    Judge,
+    balance,
+    convincing_loss,
+    judging_loss,
+    moved,
+    seen_maps,
+)
+
+
+class Edges:
+    """Stands in for AlexNet, whose weights are a download: two maps of fixed random convolutions."""
+
+    channels = (8, 16)
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.weights = [
+            torch.randn(8, 3, 5, 5, generator=generator),
+            torch.randn(16, 8, 3, 3, generator=generator),
+        ]
+
+    def features(self, pictures: Tensor) -> Iterator[Tensor]:
+        for weight in self.weights:
+            pictures = F.relu(F.conv2d(pictures, weight, stride=2))
+            yield pictures
 
 
 def test_it_learns_to_tell_sharp_from_blurred():
     torch.default_generator.manual_seed(0)
-    judge = PatchDiscriminator()
-    optimizer = torch.optim.AdamW(judge.parameters(), 1e-3)
+    network, judge = Edges(), Judge(Edges.channels)
+    optimizer = torch.optim.AdamW(judge.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(40):
+    losses = []
+    for _ in range(100):
         sharp = torch.rand(8, 3, 32, 32, generator=generator).round() * 2 - 1
-        blurred = torch.nn.functional.avg_pool2d(sharp, 5, stride=1, padding=2)
-        loss = judging_loss(judge(sharp), judge(blurred))
+        blurred = F.avg_pool2d(sharp, 5, stride=1, padding=2)
+        loss = judging_loss(judge(seen_maps(network, sharp)), judge(seen_maps(network, blurred)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert judge(sharp).shape == (8, 1, 4, 4)
+        losses.append(loss.item())
     # Untrained it scores both alike, with a loss of 1.
-    assert loss.item() < 0.2
+    assert losses[0] == pytest.approx(1, abs=0.1)
+    assert losses[-1] < 0.6
+    # What it has learnt pulls a picture towards the sharp ones.
+    sharp_score, blurred_score = (
+        -convincing_loss(judge(seen_maps(network, pictures))) for pictures in (sharp, blurred)
+    )
+    assert sharp_score > blurred_score + 1
+
+
+def test_the_network_sees_a_picture_twice_as_large_and_every_place_counts_alike():
+    maps = seen_maps(Edges(), torch.rand(2, 3, 32, 32))
+    assert [tuple(found.shape) for found in maps] == [(2, 8, 30, 30), (2, 16, 14, 14)]
+    for found in maps:
+        squares = found.square().mean(dim=1)
+        # A place at which no channel is active stays zero.
+        assert torch.all(torch.isclose(squares, torch.ones(())) | (squares == 0))
+        assert squares.max() > 0.9
+
+
+def test_pictures_are_mirrored_and_shifted_whole_and_pass_gradients_on():
+    pictures = torch.arange(16 * 16, dtype=torch.float32).view(1, 1, 16, 16).repeat(64, 3, 1, 1)
+    pictures.requires_grad_(True)
+    found = moved(pictures, torch.Generator().manual_seed(0))
+    assert found.shape == pictures.shape
+    known = set(pictures[0, 0].flatten().tolist())
+    assert set(found.flatten().tolist()) <= known  # whole pixels: no value in between
+    rising = (found[:, 0, 8, 9] > found[:, 0, 8, 8]).float().mean()
+    assert 0.3 < rising < 0.7  # about half are mirrored
+    assert len({tuple(one[0, :, 0].tolist()) for one in found.detach()}) > 5
+    found.sum().backward()
+    assert pictures.grad is not None
+    assert pictures.grad.sum() == found.numel()
 
 
 def test_the_hinge_stops_where_both_are_told_apart_by_one():
-    real, drawn = torch.full((2, 1, 4, 4), 1.5), torch.full((2, 1, 4, 4), -1.5)
+    real, drawn = [torch.full((2, 16), 1.5)] * 2, [torch.full((2, 16), -1.5)] * 2
     assert judging_loss(real, drawn) == 0
     assert judging_loss(drawn, real) == pytest.approx(2.5)
     assert convincing_loss(drawn) == pytest.approx(1.5)
 
 
-def test_balanced_losses_pull_the_last_layer_equally_hard():
-    weight = torch.nn.Parameter(torch.ones(3))
-    distance, convincing = (weight * 2).sum(), (weight * 0.25).sum()
-    share = balance(distance, convincing, weight)
-    assert share.item() == pytest.approx(8.0, rel=1e-3)
+def test_every_head_counts_alike_however_many_places_it_has():
+    few, many = torch.full((2, 4), 3.0), torch.full((2, 400), -1.0)
+    assert convincing_loss([few, many]) == pytest.approx(-1.0)
+
+
+def test_balanced_gradients_move_the_last_layer_equally_hard():
+    layer = nn.Conv2d(4, 3, 1)
+    pictures = layer(torch.randn(2, 4, 8, 8))
+    pull, push = torch.randn_like(pictures), torch.randn_like(pictures) * 0.1
+    share = balance(pictures, pull, push, layer.weight)
     assert not share.requires_grad
-    assert balance(distance, convincing * 0, weight).item() == 100.0
+    moves = [
+        torch.autograd.grad(pictures, layer.weight, gradient, retain_graph=True)[0].norm()
+        for gradient in (pull, share * push)
+    ]
+    assert moves[0] == pytest.approx(moves[1].item(), rel=1e-3)
+    assert balance(pictures, pull, push * 0, layer.weight).item() == 100.0

@@ -34,7 +34,12 @@ class Killed(BaseException):
 
 
 class Distance(nn.Module):
-    """Stands in for LPIPS, whose weights are a download: the stages need no more than its call."""
+    """Stands in for LPIPS, whose weights are a download: the stages need its call, and maps to judge by."""
+
+    channels = (3,)
+
+    def features(self, pictures: Tensor) -> Iterator[Tensor]:
+        yield torch.nn.functional.avg_pool2d(pictures, 4)
 
     def forward(self, drawn: Tensor, real: Tensor) -> Tensor:
         return (drawn - real).square().mean(dim=(1, 2, 3))
@@ -188,7 +193,7 @@ def test_the_decoder_stage_moves_the_decoder_alone(data, tokenizer_run, tmp_path
 
 
 def test_a_killed_decoder_run_with_a_discriminator_ends_as_an_unbroken_one(data, tokenizer_run, tmp_path):
-    options = ["--tokenizer-run", str(tokenizer_run), *SIDES, "--adversarial", "0.5"]
+    options = ["--tokenizer-run", str(tokenizer_run), *SIDES, "--head-start", "1", "--adversarial", "0.5"]
     whole = train(decoder, tmp_path / "whole", data, *options)
     with pytest.MonkeyPatch.context() as patch:
         killed_after(decoder, 3, patch)
@@ -239,6 +244,45 @@ def test_a_killed_decoder_run_on_drawn_tokens_ends_as_an_unbroken_one(
         train(decoder, tmp_path / "killed", data, *options[: -len(redrawing_options(transformer_run))], steps=8)
 
 
+def test_a_discriminator_pushes_after_its_head_start_only(data, tokenizer_run, tmp_path):
+    options = ["--tokenizer-run", str(tokenizer_run), *SIDES]
+    runs = {
+        "without": [],
+        "waiting": ["--adversarial", "0.5", "--head-start", "4"],
+        "pushing": ["--adversarial", "0.5", "--head-start", "3"],
+    }
+    ends = {
+        name: TensorFile(train(decoder, tmp_path / name, data, *options, *more) / "vqvae.safetensors")
+        for name, more in runs.items()
+    }
+    for name in ends["without"]:
+        assert torch.equal(ends["waiting"][name], ends["without"][name])
+    assert any(not torch.equal(ends["pushing"][name], ends["without"][name]) for name in ends["without"])
+    assert torch.load(tmp_path / "waiting" / "checkpoint.pt", weights_only=True)["adversary"]["steps"] == 4
+
+
+def test_pictures_drawn_whole_are_judged_and_not_compared(data, tokenizer_run, transformer_run, tmp_path):
+    options = ["--tokenizer-run", str(tokenizer_run), *SIDES, *redrawing_options(transformer_run)[:-3]]
+    options += ["--redrawn", "3", "--adversarial", "0.5"]
+    compared: list[int] = []
+
+    class Counting(Distance):
+        def forward(self, drawn: Tensor, real: Tensor) -> Tensor:
+            compared.append(len(drawn))
+            return super().forward(drawn, real)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "load_lpips", lambda path, kind: Counting())
+        patch.setattr(decoder.torch, "randint", lambda high, size, generator: torch.full(size, high - 1))
+        run = train(decoder, tmp_path / "whole", data, *options, "--head-start", "100")
+    assert compared == [0] * 4
+    # Nothing to learn from: weight decay alone moves the decoder.
+    before, after = (load_vqvae(folder / "vqvae.safetensors") for folder in (tokenizer_run, run))
+    torch.testing.assert_close(
+        after.decoder.conv_out.weight, before.decoder.conv_out.weight, rtol=1e-3, atol=1e-6
+    )
+
+
 def test_a_decoder_run_from_before_there_were_versions_goes_on(data, tokenizer_run, tmp_path):
     options = ["--tokenizer-run", str(tokenizer_run), *SIDES]
     train(decoder, tmp_path, data, *options, steps=2)
@@ -252,7 +296,8 @@ def test_a_decoder_run_from_before_there_were_versions_goes_on(data, tokenizer_r
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--redrawn", "3"], "--redrawn 3: of 3 scales the last 1 to 2"),
+        (["--redrawn", "4"], "--redrawn 4: of 3 scales the last 1 to 3"),
+        (["--redrawn", "1", "3"], "--redrawn 3 draws whole pictures.* --adversarial"),
         (["--sides", "1", "4"], "--sides 1 2 4"),
     ],
 )
@@ -275,7 +320,7 @@ def test_redrawn_pictures_keep_their_coarse_scales(tokenizer_run, transformer_ru
     captions = ["a red apple", "a dog", "a house"]
     how = {"schedule": "top_k 32; top_p 0", "seed": 5}
     quantizer = star.vqvae.quantizer
-    for count in range(1, len(maps)):
+    for count in range(1, len(maps) + 1):
         tokens = redraw_last_scales(star, quantizer, own, captions, count=count, **how)
         first = token_count(maps[:-count])
         assert torch.equal(tokens[:, :first], own[:, :first])
@@ -286,7 +331,7 @@ def test_redrawn_pictures_keep_their_coarse_scales(tokenizer_run, transformer_ru
     options = Options(indices=(0, 1, 2), prefix=prefix, **how)
     expected = torch.cat([step.tokens for step in star.generate(captions, options=options)], dim=1)
     assert torch.equal(redraw_last_scales(star, quantizer, own, captions, count=len(maps) - 1, **how), expected)
-    for wrong in (0, len(maps)):
+    for wrong in (0, len(maps) + 1):
         with pytest.raises(ValueError, match=f"not {wrong}"):
             redraw_last_scales(star, quantizer, own, captions, count=wrong, **how)
     with pytest.raises(ValueError, match="smooth"):
