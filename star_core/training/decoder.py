@@ -24,7 +24,7 @@ from ..star import Star, load
 from ..transfer import upload
 from ..vqvae import VQVAE
 from .captions import plain_caption
-from .discriminator import Adversary, balance
+from .discriminator import Adversary, adaptive_weight
 from .emoji import EmojiSet
 from .lessons import encode_all, run_folder_file
 from .packages import asset_path
@@ -54,10 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer-run", type=Path, required=True)
     add_perceptual_argument(parser)
     parser.add_argument(
-        "--adversarial", type=float, default=0.0, help="weight of a discriminator's loss, 0 for none"
+        "--adversarial",
+        type=float,
+        default=0.0,
+        help="weight of a discriminator's loss, 0 for none: at 1 it moves the decoder's last layer as hard as"
+        " L1 and LPIPS do; the shipped model's is 0.4",
     )
     parser.add_argument(
-        "--head-start", type=int, default=200, help="steps that the discriminator learns before it may push"
+        "--head-start",
+        type=int,
+        default=200,
+        help="first steps (of --steps) in which the discriminator learns and the decoder does not yet follow",
     )
     parser.add_argument(
         "--model",
@@ -72,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1, 2],
         metavar="SCALES",
-        help="how many last scales it redraws: one version of every picture each. Where all are redrawn, the"
-        " discriminator alone judges the picture",
+        help="how many last scales it redraws: one version of every picture each. A picture drawn whole is not"
+        " compared with the real one: the discriminator alone (--adversarial) judges it",
     )
 
 
@@ -86,6 +93,16 @@ def decoded(
     with autocast:
         pictures: Tensor = vqvae.decoder(vqvae.post_quant_conv(f_hat))
     return pictures.float()
+
+
+def check_adversary(args: argparse.Namespace) -> None:
+    """Raise ValueError for options of the discriminator that do not make sense."""
+    if args.adversarial < 0:
+        raise ValueError(f"--adversarial {args.adversarial:g} is no weight of a loss: give 0 or more")
+    if args.adversarial and not 0 <= args.head_start < args.steps:
+        raise ValueError(
+            f"--head-start {args.head_start}: of {args.steps} steps it can be 0 to {args.steps - 1}"
+        )
 
 
 def load_redrawing(args: argparse.Namespace) -> Star | None:
@@ -135,13 +152,47 @@ def stored_versions(args: argparse.Namespace, state: Mapping[str, Any], own: Ten
     Raises ValueError where the options ask for other ones.
     """
     kept: Tensor = state["versions"].to(own.device) if "versions" in state else own.unsqueeze(0)
-    wanted = 1 if args.model is None else 1 + len(args.redrawn)
-    if len(kept) != wanted:
+    wanted = redrawn_scales(args)
+    # Before their counts were stored, only the number of versions was checked.
+    stored = state.get("redrawn", wanted if len(kept) == 1 + len(wanted) else ["?"] * (len(kept) - 1))
+    if stored != wanted:
+        told = " ".join(map(str, stored)) or "nothing"
         raise ValueError(
-            f"the run in {args.run} has {len(kept)} versions of each picture, these options ask for {wanted}:"
-            " give the options that it began with, or another --run"
+            f"the run in {args.run} has --redrawn {told}, these options ask for"
+            f" {' '.join(map(str, wanted)) or 'nothing'}: give the options that it began with, or another --run"
         )
     return kept
+
+
+def redrawn_scales(args: argparse.Namespace) -> list[int]:
+    """Return how many last scales each version beside the pictures' own tokens has redrawn."""
+    return [] if args.model is None else list(args.redrawn)
+
+
+def resume_adversary(args: argparse.Namespace, adversary: Adversary | None, state: Mapping[str, Any]) -> None:
+    """Go on with a checkpoint's discriminator, or begin one where there was none.
+
+    Raises ValueError where the checkpoint's would be lost.
+    """
+    again = "give the options that the run began with, or another --run"
+    stored = state.get("adversary")
+    if stored is not None and adversary is None:
+        raise ValueError(f"the run in {args.run} has a discriminator, --adversarial is 0: {again}")
+    if "judge_optimizer" in state and state["judge_optimizer"]["state"]:
+        raise ValueError(f"the run in {args.run} has a patch discriminator, which is no more: {again}")
+    if adversary is None:
+        return
+    if stored is None:
+        log.info("a discriminator begins now, with a head start of %d steps", adversary.head_start)
+    else:
+        adversary.resume(stored)
+
+
+def distances(made: Tensor, real: Tensor, perceptual: nn.Module, share: float) -> tuple[Tensor, Tensor]:
+    """Return L1 and LPIPS of drawn and real pictures (B, 3, H, W), LPIPS of the first `share` of them."""
+    few = max(1, int(len(real) * share))
+    lpips = perceptual(made[:few].clamp(-1, 1), real[:few]).float().mean()
+    return (made - real).abs().mean(), lpips
 
 
 def run(args: argparse.Namespace) -> None:
@@ -149,6 +200,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    check_adversary(args)
     star = load_redrawing(args)
     torch.default_generator.manual_seed(args.seed)  # a training command owns its process
     vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
@@ -172,10 +224,9 @@ def run(args: argparse.Namespace) -> None:
         vqvae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.resume(state["average"], checkpoint.step)
-        if adversary is not None and state.get("adversary"):
-            adversary.resume(state["adversary"])
+        resume_adversary(args, adversary, state)
     own = tokens[upload(train, device)]
-    comparable = torch.tensor([True, *(count < len(maps) for count in args.redrawn)])
+    comparable = torch.tensor([True, *(count < len(maps) for count in redrawn_scales(args))])
     if state is not None:
         versions = stored_versions(args, state, own)
     else:
@@ -191,6 +242,7 @@ def run(args: argparse.Namespace) -> None:
                 "average": average.state,
                 "adversary": None if adversary is None else adversary.state(),
                 "versions": versions,
+                "redrawn": redrawn_scales(args),
             }
         )
         export(average, vqvae.config, args.run)
@@ -207,20 +259,19 @@ def run(args: argparse.Namespace) -> None:
         set_rate(optimizer, rate_at(step, done, args.rate))
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         version = torch.randint(len(versions), (len(batch),), generator=generator)
+        version[0] = 0  # something to compare, against which the discriminator's weight is found
         real = pictures_of.take(train[batch])
         seen = versions[upload(version, device), upload(batch, device)]
         made = decoded(vqvae, seen, lengths, args.sides, precision(args))
-        compared = comparable[version].nonzero().flatten()
-        pixel = (made - real)[upload(compared, device)].abs().sum() / made.numel()
-        few = upload(compared[: max(1, int(len(real) * args.perceptual_share))], device)
+        compared = upload(comparable[version].nonzero().flatten(), device)
         with precision(args):
-            distance = perceptual(made[few].clamp(-1, 1), real[few]).float().sum() / max(1, len(few))
-        (pull,) = torch.autograd.grad(pixel + args.perceptual * distance, made, retain_graph=True)
-        judged = 0.0
+            l1, lpips = distances(made[compared], real[compared], perceptual, args.perceptual_share)
+        (pull,) = torch.autograd.grad(l1 + args.perceptual * lpips, made)
+        told_apart = torch.zeros(())
         if adversary is not None:
-            push, judged = adversary.step(made, real, generator)
+            push, told_apart = adversary.step(made, real, generator)
             if push is not None:
-                pull = pull + args.adversarial * balance(made, pull, push, last_layer) * push
+                pull = pull + args.adversarial * adaptive_weight(made, pull, push, last_layer) * push
         optimizer.zero_grad()
         made.backward(pull)
         nn.utils.clip_grad_norm_(trained, 2.0)
@@ -229,8 +280,8 @@ def run(args: argparse.Namespace) -> None:
         checkpoint.step += 1
         if step % args.log_every == 0:
             seconds = checkpoint.total_seconds()
-            losses = (pixel.item(), distance.item(), judged)
-            log.info("step %d %.0f s l1 %.4f lpips %.4f judge %.3f", step, seconds, *losses)
+            losses = (l1.item(), lpips.item(), told_apart.item())
+            log.info("step %d %.0f s l1 %.4f lpips %.4f discriminator %.3f", step, seconds, *losses)
         if checkpoint.step % args.save_every == 0:
             save()
     if checkpoint.step > checkpoint.saved:

@@ -34,7 +34,7 @@ def redraw_last_scales(
     """Return tokens (N, L) of pictures with N captions: the last `count` scales drawn, the others their own.
 
     tokens are the pictures' own (N, L), in the quantizer's codes. Raises ValueError for a schedule that draws
-    smooth, whose tokens are not what is decoded, and for a count of scales that there are not.
+    smooth, whose tokens are not what is decoded, and for a count outside 1 to the number of scales.
     """
     maps = star.maps(None)
     given = len(maps) - count
@@ -46,7 +46,7 @@ def redraw_last_scales(
     found = []
     for start in range(0, len(tokens), BATCH):
         rows = range(start, min(start + BATCH, len(tokens)))
-        own = tokens[rows.start : rows.stop, : sum(lengths)].split(lengths, dim=1) if given else ()
+        own = tokens[rows.start : rows.stop, : sum(lengths)].split(lengths, dim=1)
         f_hats = quantizer.f_hats(own, maps) if given else ()
         prefix = tuple(
             ScaleStep(scale, maps[scale], part.long(), f_hat, given=True)

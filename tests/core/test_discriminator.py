@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star_core.training.discriminator import (
-    Judge,
-    balance,
-    convincing_loss,
-    judging_loss,
-    moved,
-    seen_maps,
+    Adversary,
+    Discriminator,
+    adaptive_weight,
+    augmented,
+    discriminator_loss,
+    generator_loss,
+    network_features,
 )
 
 
@@ -39,14 +40,16 @@ class Edges:
 
 def test_it_learns_to_tell_sharp_from_blurred():
     torch.default_generator.manual_seed(0)
-    network, judge = Edges(), Judge(Edges.channels)
-    optimizer = torch.optim.AdamW(judge.parameters(), 3e-3)
+    network, discriminator = Edges(), Discriminator(Edges.channels)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(100):
         sharp = torch.rand(8, 3, 32, 32, generator=generator).round() * 2 - 1
         blurred = F.avg_pool2d(sharp, 5, stride=1, padding=2)
-        loss = judging_loss(judge(seen_maps(network, sharp)), judge(seen_maps(network, blurred)))
+        loss = discriminator_loss(
+            discriminator(network_features(network, sharp)), discriminator(network_features(network, blurred))
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -54,15 +57,32 @@ def test_it_learns_to_tell_sharp_from_blurred():
     # Untrained it scores both alike, with a loss of 1.
     assert losses[0] == pytest.approx(1, abs=0.1)
     assert losses[-1] < 0.6
-    # What it has learnt pulls a picture towards the sharp ones.
-    sharp_score, blurred_score = (
-        -convincing_loss(judge(seen_maps(network, pictures))) for pictures in (sharp, blurred)
-    )
-    assert sharp_score > blurred_score + 1
+
+
+def test_its_gradient_makes_pictures_more_convincing_once_its_head_start_is_over():
+    torch.default_generator.manual_seed(0)
+    network = Edges()
+    adversary = Adversary(network, 40, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    for step in range(41):
+        sharp = torch.rand(8, 3, 32, 32, generator=generator).round() * 2 - 1
+        blurred = F.avg_pool2d(sharp, 5, stride=1, padding=2).requires_grad_(True)
+        push, loss = adversary.step(blurred, sharp, generator)
+        assert (push is None) == (step < 40)
+    assert not loss.requires_grad
+    assert push is not None
+    assert blurred.grad is None
+    with torch.no_grad():
+        pictures = [blurred - size * push / push.std() for size in (-0.05, 0.0, 0.05)]
+        scores = [
+            -generator_loss(adversary.discriminator(network_features(network, some))).item()
+            for some in pictures
+        ]
+    assert scores[0] < scores[1] < scores[2]
 
 
 def test_the_network_sees_a_picture_twice_as_large_and_every_place_counts_alike():
-    maps = seen_maps(Edges(), torch.rand(2, 3, 32, 32))
+    maps = network_features(Edges(), torch.rand(2, 3, 32, 32))
     assert [tuple(found.shape) for found in maps] == [(2, 8, 30, 30), (2, 16, 14, 14)]
     for found in maps:
         squares = found.square().mean(dim=1)
@@ -71,42 +91,47 @@ def test_the_network_sees_a_picture_twice_as_large_and_every_place_counts_alike(
         assert squares.max() > 0.9
 
 
-def test_pictures_are_mirrored_and_shifted_whole_and_pass_gradients_on():
-    pictures = torch.arange(16 * 16, dtype=torch.float32).view(1, 1, 16, 16).repeat(64, 3, 1, 1)
-    pictures.requires_grad_(True)
-    found = moved(pictures, torch.Generator().manual_seed(0))
+def test_pictures_are_mirrored_and_shifted_whole_on_white_and_pass_gradients_on():
+    numbers = torch.arange(16 * 16, dtype=torch.float32).view(1, 1, 16, 16) + 2
+    pictures = numbers.repeat(512, 3, 1, 1).requires_grad_(True)
+    found = augmented(pictures, torch.Generator().manual_seed(0))
     assert found.shape == pictures.shape
-    known = set(pictures[0, 0].flatten().tolist())
-    assert set(found.flatten().tolist()) <= known  # whole pixels: no value in between
-    rising = (found[:, 0, 8, 9] > found[:, 0, 8, 8]).float().mean()
-    assert 0.3 < rising < 0.7  # about half are mirrored
-    assert len({tuple(one[0, :, 0].tolist()) for one in found.detach()}) > 5
+    # Whole pixels and white: nothing in between.
+    assert set(found.flatten().tolist()) <= {1.0, *numbers.flatten().tolist()}
+    middle = found[:, 0, 8, 8] - 2
+    rising = found[:, 0, 8, 9] > found[:, 0, 8, 8]
+    seen = {
+        (int(number) // 16 - 8, int(number) % 16 - (8 if straight else 7), bool(straight))
+        for number, straight in zip(middle.tolist(), rising.tolist(), strict=True)
+    }
+    assert seen == {(y, x, m) for y in range(-2, 3) for x in range(-2, 3) for m in (True, False)}
     found.sum().backward()
     assert pictures.grad is not None
-    assert pictures.grad.sum() == found.numel()
+    # Each pixel is there once, or is pushed out.
+    assert set(pictures.grad.flatten().tolist()) == {0.0, 1.0}
 
 
 def test_the_hinge_stops_where_both_are_told_apart_by_one():
     real, drawn = [torch.full((2, 16), 1.5)] * 2, [torch.full((2, 16), -1.5)] * 2
-    assert judging_loss(real, drawn) == 0
-    assert judging_loss(drawn, real) == pytest.approx(2.5)
-    assert convincing_loss(drawn) == pytest.approx(1.5)
+    assert discriminator_loss(real, drawn) == 0
+    assert discriminator_loss(drawn, real) == pytest.approx(2.5)
+    assert generator_loss(drawn) == pytest.approx(1.5)
 
 
 def test_every_head_counts_alike_however_many_places_it_has():
     few, many = torch.full((2, 4), 3.0), torch.full((2, 400), -1.0)
-    assert convincing_loss([few, many]) == pytest.approx(-1.0)
+    assert generator_loss([few, many]) == pytest.approx(-1.0)
 
 
 def test_balanced_gradients_move_the_last_layer_equally_hard():
     layer = nn.Conv2d(4, 3, 1)
     pictures = layer(torch.randn(2, 4, 8, 8))
     pull, push = torch.randn_like(pictures), torch.randn_like(pictures) * 0.1
-    share = balance(pictures, pull, push, layer.weight)
+    share = adaptive_weight(pictures, pull, push, layer.weight)
     assert not share.requires_grad
     moves = [
         torch.autograd.grad(pictures, layer.weight, gradient, retain_graph=True)[0].norm()
         for gradient in (pull, share * push)
     ]
     assert moves[0] == pytest.approx(moves[1].item(), rel=1e-3)
-    assert balance(pictures, pull, push * 0, layer.weight).item() == 100.0
+    assert adaptive_weight(pictures, pull, push * 0, layer.weight).item() == 100.0
