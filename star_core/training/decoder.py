@@ -153,13 +153,12 @@ def stored_versions(args: argparse.Namespace, state: Mapping[str, Any], own: Ten
     """
     kept: Tensor = state["versions"].to(own.device) if "versions" in state else own.unsqueeze(0)
     wanted = redrawn_scales(args)
-    # Before their counts were stored, only the number of versions was checked.
-    stored = state.get("redrawn", wanted if len(kept) == 1 + len(wanted) else ["?"] * (len(kept) - 1))
-    if stored != wanted:
-        told = " ".join(map(str, stored)) or "nothing"
+    stored = state.get("redrawn", wanted)  # runs from before they were stored have only a number of versions
+    if stored != wanted or len(kept) != 1 + len(wanted):
+        told = ", ".join(map(str, stored)) if "redrawn" in state else f"{len(kept) - 1} times"
         raise ValueError(
-            f"the run in {args.run} has --redrawn {told}, these options ask for"
-            f" {' '.join(map(str, wanted)) or 'nothing'}: give the options that it began with, or another --run"
+            f"the pictures of the run in {args.run} are redrawn: {told or 'never'}, these options ask for:"
+            f" {', '.join(map(str, wanted)) or 'never'}: give the options that it began with, or another --run"
         )
     return kept
 

@@ -278,9 +278,9 @@ def test_a_killed_decoder_run_on_drawn_tokens_ends_as_an_unbroken_one(
     ours, theirs = (TensorFile(run / "vqvae.safetensors") for run in (whole, without))
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
     others = options[: -len(redrawing_options(transformer_run))]
-    with pytest.raises(ValueError, match=r"has --redrawn 1 2, .* ask for nothing"):
+    with pytest.raises(ValueError, match=r"redrawn: 1, 2, .* ask for: never"):
         train(decoder, tmp_path / "killed", data, *others, steps=8)
-    with pytest.raises(ValueError, match=r"has --redrawn 1 2, .* ask for 2 1"):
+    with pytest.raises(ValueError, match=r"redrawn: 1, 2, .* ask for: 2, 1"):
         train(decoder, tmp_path / "killed", data, *options[:-2], "2", "1", steps=8)
 
 
