@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -97,7 +98,7 @@ def decoded(
 
 def check_adversary(args: argparse.Namespace) -> None:
     """Raise ValueError for options of the discriminator that do not make sense."""
-    if args.adversarial < 0:
+    if not 0 <= args.adversarial < math.inf:
         raise ValueError(f"--adversarial {args.adversarial:g} is no weight of a loss: give 0 or more")
     if args.adversarial and not 0 <= args.head_start < args.steps:
         raise ValueError(

@@ -331,6 +331,7 @@ def test_a_decoder_run_from_before_there_were_versions_goes_on(data, tokenizer_r
         (["--redrawn", "4"], "--redrawn 4: of 3 scales the last 1 to 3"),
         (["--redrawn", "1", "3"], "--redrawn 3 draws whole pictures.* --adversarial"),
         (["--adversarial", "-1"], "--adversarial -1 is no weight"),
+        (["--adversarial", "nan"], "--adversarial nan is no weight"),
         (["--adversarial", "1", "--head-start", "4"], "--head-start 4: of 4 steps it can be 0 to 3"),
         (["--sides", "1", "4"], "--sides 1 2 4"),
     ],
