@@ -110,13 +110,17 @@ class TextKeys(NamedTuple):
                 held[: len(new)].copy_(new)
 
 
+def scale_of(log_scale: Tensor, device: torch.device) -> Tensor:
+    """Return what queries are multiplied by, in float32, in the shape of its stored logarithm."""
+    # A bfloat16 logarithm would move a scale of 100 by a percent.
+    return log_scale.to(device, torch.float32).clamp_max(MAX_LOG_SCALE).exp()
+
+
 def _queries(x: Tensor, log_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    # In float32: a bfloat16 logarithm would move a scale of 100 by a percent.
-    scale = log_scale.to(x.device, torch.float32).clamp_max(MAX_LOG_SCALE).exp()
-    return (F.normalize(x.float(), dim=-1) * scale).to(dtype)
+    return (F.normalize(x.float(), dim=-1) * scale_of(log_scale, x.device)).to(dtype)
 
 
-@fused("attention.self_heads")
+@fused("attention.self_heads", on_cpu="cpu.self_heads")
 def self_heads(
     qkv: Tensor,
     q_bias: Tensor,
@@ -127,7 +131,7 @@ def self_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries (R, H, L, head_width), keys and values of qkv (R, L, 3C), fused where possible.
 
-    The keys and values are those of all scales that the cache has seen, and of this one.
+    The keys and values are those of all scales that the cache has seen, and of this one. qkv may be used up.
     """
     q, k, v = qkv.chunk(3, dim=-1)
     q, v = q + q_bias.to(q), v + v_bias.to(v)
@@ -140,9 +144,9 @@ def self_heads(
     return q, k, v
 
 
-@fused("attention.cross_queries")
+@fused("attention.cross_queries", on_cpu="cpu.cross_queries")
 def cross_queries(q: Tensor, q_bias: Tensor, log_scale: Tensor) -> Tensor:
-    """Return the queries (B, H, L, head_width) of q (B, L, C), fused where possible."""
+    """Return the queries (B, H, L, head_width) of q (B, L, C), which may be used up, fused where possible."""
     q = rearrange(q + q_bias.to(q), "b l (h d) -> b h l d", h=log_scale.shape[1])
     return _queries(q, log_scale, q.dtype)
 

@@ -32,22 +32,32 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
-@fused("products.expanded", on=("cpu",))
+@fused("products.expanded", on_cpu="cpu.expanded")
 def expanded(x: Tensor, linear: nn.Module) -> Tensor:
     """Return the tanh-approximated GELU of a linear layer's output, fused where possible."""
     return F.gelu(linear(x), approximate="tanh")
 
 
-@fused("residual.add_then_norm")
+@fused("residual.add_then_norm", on_cpu="cpu.add_then_norm")
 def add_then_norm(x: Tensor, addend: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Return x + addend (R, L, C), and the norm of its first `rows` rows, fused where possible.
 
-    An addend (R / 2, L, C) is what rows and their twins share.
+    An addend (R / 2, L, C) is what rows and their twins share. It may be used up.
     """
-    if len(addend) < len(x):
-        addend = repeat(addend, "b l c -> (twins b) l c", twins=len(x) // len(addend))
-    x = x + addend
+    x = added(x, addend)
     return x, norm(x[:rows])
+
+
+@fused(on_cpu="cpu.added")
+def added(x: Tensor, addend: Tensor) -> Tensor:
+    """Return x + addend (R, L, C), or an addend (R / 2, L, C) that rows and their twins share.
+
+    The addend may be used up: fused, the sum is written into it.
+    """
+    if len(addend) == len(x):
+        return x + addend
+    twins: Tensor = x.unflatten(0, (-1, len(addend))) + addend
+    return twins.flatten(0, 1)
 
 
 class FeedForward(nn.Module):
@@ -75,7 +85,7 @@ class SelfBlock(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         """Map (R, L, C) to (R, L, C)."""
         x, normed = add_then_norm(x, self.attn(norm(x), rotation), len(x))
-        return x + self.ffn(normed)  # type: ignore[no-any-return]  # Module call: Any
+        return added(x, self.ffn(normed))
 
 
 class TextBlock(nn.Module):
@@ -104,7 +114,7 @@ class TextBlock(nn.Module):
         readers = text.keys.shape[0]
         x, normed = add_then_norm(x, self.attn(norm(x), rotation, cache=cache, mask=mask), readers)
         x, normed = add_then_norm(x, self.cross_attn(normed, text), len(x))
-        return x + self.ffn(normed)  # type: ignore[no-any-return]  # Module call: Any
+        return added(x, self.ffn(normed))
 
 
 class Transformer(nn.Module):

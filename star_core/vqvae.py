@@ -41,6 +41,13 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+@fused(on_cpu="cpu.convolved_onto")
+def convolved_onto(total: Tensor, x: Tensor, conv: nn.Module) -> Tensor:
+    """Return total (B, C', h, w) + conv(x), written into `total` where no gradients are wanted."""
+    made: Tensor = conv(x)
+    return total + made if torch.is_grad_enabled() else total.add_(made)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the channels change.
 
@@ -62,12 +69,9 @@ class ResidualBlock(nn.Module):
         """Map (B, C, h, w) to (B, C', h, w)."""
         if worth_slicing(x):
             return self._in_strips(x)
-        in_place = not torch.is_grad_enabled()
         h: Tensor = self.conv1(norm_silu(x, self.norm1))
         h = norm_silu(h, self.norm2)
-        h = self.conv2(h)
-        shortcut: Tensor = self.shortcut(x)
-        return shortcut.add_(h) if in_place else shortcut + h
+        return convolved_onto(self.shortcut(x), h, self.conv2)
 
     def _in_strips(self, x: Tensor) -> Tensor:
         """Map as `forward` does."""

@@ -1,8 +1,8 @@
 """The door to fused kernels: plain PyTorch is the reference, and a kernel stands in where it can.
 
-`fused` names the kernel beside a function. The kernel takes a call that needs no gradients, on a GPU for which
-Triton can build it, or on another device that it is marked for; every other call runs the function itself. This
-module knows no Triton: the kernels' modules are imported at the first call that they may take.
+`fused` names the kernels beside a function. A kernel takes a call that needs no gradients, on a GPU for which
+Triton can build it, or on a CPU; every other call runs the function itself. This module knows no Triton: the
+kernels' modules are imported at the first call that they may take.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 DEVICES = ("cuda",)
-"""Types of devices that kernels run on."""
+"""Types of devices that a GPU's kernels run on."""
 NO_ROOM = ("out of memory", "ALLOC_FAILED")
 """What errors say that only mean a full device."""
 
@@ -48,19 +48,19 @@ def given_up() -> tuple[str, ...]:
 
 
 def fused(
-    kernel: str, *, on: Sequence[str] = ()
+    kernel: str | None = None, *, on_cpu: str | None = None
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Mark a function as the reference of `kernel`, "module.function" in this package.
+    """Mark a function as the reference of a GPU's `kernel`, "module.function" in this package, and of a CPU's.
 
-    The kernel has the function's arguments, its tensors first and by position, and returns the same, or None
-    for shapes and dtypes that it does not take. It changes no state before it has been started.
-    on: types of devices that it runs on besides `DEVICES`.
+    A kernel has the function's arguments, its tensors first and by position, and returns the same, or None for
+    shapes and dtypes that it does not take. It changes no state before it has been started.
     """
 
     def mark(reference: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(reference)
         def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            made: Result | None = _by_kernel(kernel, args, kwargs) if _may_take(kernel, args, on) else None
+            name = _kernel_for(args, kernel, on_cpu)
+            made: Result | None = _by_kernel(name, args, kwargs) if name is not None else None
             return reference(*args, **kwargs) if made is None else made
 
         return run
@@ -68,23 +68,24 @@ def fused(
     return mark
 
 
-def _may_take(kernel: str, args: Sequence[object], on: Sequence[str]) -> bool:
-    """Whether a kernel is there for a call with these arguments."""
+def _kernel_for(args: Sequence[object], on_gpu: str | None, on_cpu: str | None) -> str | None:
+    """Return which kernel may take a call with these arguments, the first a tensor."""
+    first = args[0]
     # torch.compile fuses a reference's operations itself.
-    if torch.compiler.is_compiling():
-        return False
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if not tensors or kernel in _given_up or not _wanted.get():
-        return False
-    if tensors[0].device.type not in (*DEVICES, *on):
-        return False
+    if not isinstance(first, Tensor) or torch.compiler.is_compiling() or not _wanted.get():
+        return None
+    device = first.device.type
+    kernel = on_gpu if device in DEVICES else on_cpu if device == "cpu" else None
+    if kernel is None or kernel in _given_up:
+        return None
     if torch.is_grad_enabled():
+        tensors = [a for a in args if isinstance(a, Tensor)]
         layers = [a for a in args if isinstance(a, nn.Module)]
         weights = [parameter for layer in layers for parameter in layer.parameters()]
         if any(t.requires_grad for t in (*tensors, *weights)):
-            return False
+            return None
     # A mode wants to see PyTorch's operations: a tape would miss what a kernel writes.
-    return _get_current_dispatch_mode() is None
+    return kernel if _get_current_dispatch_mode() is None else None
 
 
 @functools.cache
@@ -97,9 +98,11 @@ def _named(kernel: str) -> Callable[..., Any]:
 def _by_kernel(kernel: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return a kernel's result; None where it does not take the arguments, or cannot be built."""
     try:
-        # Triton starts kernels on the current device, wherever the tensors are.
-        with torch.cuda.device_of(args[0]):
-            return _named(kernel)(*args, **kwargs)
+        if args[0].is_cuda:
+            # Triton starts kernels on the current device, wherever the tensors are.
+            with torch.cuda.device_of(args[0]):
+                return _named(kernel)(*args, **kwargs)
+        return _named(kernel)(*args, **kwargs)
     except torch.cuda.OutOfMemoryError:
         raise
     except AssertionError:

@@ -1,11 +1,9 @@
-"""Matrix products whose activation cuBLAS or oneDNN applies before it writes, without a pass for it alone."""
+"""Matrix products whose activation cuBLAS applies before it writes, without a pass for it alone."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
-from ..packed import PackedLinear, has_bfloat16_products, product
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -15,17 +13,12 @@ def expanded(x: Tensor, linear: nn.Module) -> Tensor | None:
 
     Plain layers alone: one of a host's, or one with 8-bit weights, knows by itself how it is to be applied.
     """
-    if isinstance(linear, PackedLinear):
-        return linear.expanded(x)
     if type(linear) is not nn.Linear or linear.bias is None or x.dtype not in HALVES:
         return None
     if linear._forward_hooks or linear._forward_pre_hooks:
         return None
     if not (x.dtype == linear.weight.dtype == linear.bias.dtype and x.device == linear.weight.device):
         return None
-    if x.device.type == "cpu":
-        fits = x.dtype == torch.bfloat16 and has_bfloat16_products()
-        return product(x, linear.weight, linear.bias, gelu=True) if fits else None
     rows = x.reshape(-1, x.shape[-1])
     made = torch._addmm_activation(linear.bias, rows, linear.weight.t(), use_gelu=True)
     return made.view(*x.shape[:-1], made.shape[-1])

@@ -49,12 +49,20 @@ def test_a_kernel_takes_a_call_on_its_devices_and_no_other(kernel: Callable, mon
     assert doubled(torch.ones(2)) == "reference"
 
 
-def test_a_kernel_may_be_marked_for_another_device(kernel: Callable, monkeypatch: pytest.MonkeyPatch):
+def test_a_cpu_has_kernels_of_its_own(kernel: Callable, monkeypatch: pytest.MonkeyPatch):
     kernel(lambda x, **options: "kernel")
     monkeypatch.setattr(kernels, "DEVICES", ("cuda",))
-    both = fused("nothing.doubled", on=("cpu",))(lambda x: "reference")
+    both = fused("nothing.doubled", on_cpu="nothing.doubled_there")(lambda x: "reference")
     assert both(torch.ones(2)) == "kernel"
     assert both(torch.ones(2, device="meta")) == "reference"
+    names = []
+    monkeypatch.setattr(kernels, "_named", lambda name: lambda x: names.append(name) or "kernel")
+    there = fused(on_cpu="nothing.doubled_there")(lambda x: "reference")
+    both(torch.ones(2)), there(torch.ones(2))
+    monkeypatch.setattr(kernels, "DEVICES", ("cuda", "cpu"))
+    both(torch.ones(2))
+    assert there(torch.ones(2)) == "reference"
+    assert names == ["nothing.doubled_there"] * 2 + ["nothing.doubled"]
 
 
 def test_kernels_can_be_switched_off_for_a_while(kernel: Callable):
