@@ -152,7 +152,10 @@ def cross_queries(q: Tensor, q_bias: Tensor, log_scale: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention over the tokens of a picture, rotated by their place in the token map."""
+    """Attention over the tokens of a picture, rotated by their place in the token map.
+
+    On a CPU what `qkv` makes is used up: a forward hook on it that keeps its output has to copy it.
+    """
 
     def __init__(self, width: int, heads: int, *, operations: ModuleType = nn) -> None:
         super().__init__()

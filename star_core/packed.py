@@ -7,20 +7,30 @@ picture, and small scales spend most of their time on it.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+_log = logging.getLogger(__name__)
+
 
 @functools.cache
 def has_bfloat16_products() -> bool:
-    """Whether oneDNN is built in, and multiplies bfloat16 on this processor."""
+    """Whether oneDNN is built in, and multiplies bfloat16 on this processor, tried once."""
     operators = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, o) for o in operators):
         return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    ones = torch.ones(16, 16, dtype=torch.bfloat16)
+    try:
+        return bool((product(ones, packed(ones), None) == 16).all())
+    except Exception as error:  # the operators are private, and differ between versions of PyTorch
+        _log.info("No products in bfloat16 by oneDNN: %s", str(error).splitlines()[0])
+        return False
 
 
 def can_be_packed(dtype: torch.dtype | None, device: torch.device) -> bool:

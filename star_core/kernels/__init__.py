@@ -1,8 +1,8 @@
 """The door to fused kernels: plain PyTorch is the reference, and a kernel stands in where it can.
 
-`fused` names the kernels beside a function. A kernel takes a call that needs no gradients, on a GPU for which
-Triton can build it, or on a CPU; every other call runs the function itself. This module knows no Triton: the
-kernels' modules are imported at the first call that they may take.
+`fused` names the kernels beside a function. A GPU's takes a call that needs no gradients where Triton can build
+it, a CPU's a call where gradients are off: it works in place. Every other call runs the function itself. This
+module knows no Triton: the kernels' modules are imported at the first call that they may take.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 
 DEVICES = ("cuda",)
 """Types of devices that a GPU's kernels run on."""
+CPU = ("cpu",)
 NO_ROOM = ("out of memory", "ALLOC_FAILED")
 """What errors say that only mean a full device."""
 
@@ -43,7 +44,7 @@ def references_only() -> Iterator[None]:
 
 
 def given_up() -> tuple[str, ...]:
-    """Return the kernels that could not be built: this process runs their references from then on."""
+    """Return a GPU's kernels that could not be built: this process runs their references from then on."""
     return tuple(sorted(_given_up))
 
 
@@ -53,14 +54,19 @@ def fused(
     """Mark a function as the reference of a GPU's `kernel`, "module.function" in this package, and of a CPU's.
 
     A kernel has the function's arguments, its tensors first and by position, and returns the same, or None for
-    shapes and dtypes that it does not take. It changes no state before it has been started.
+    shapes and dtypes that it does not take. Until then it changes nothing. A GPU's may fail to be built, and
+    the function serves instead. A CPU's is PyTorch, and may use up tensors of which the function says so: its
+    errors are the caller's, since what it has begun cannot be begun again.
     """
 
     def mark(reference: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(reference)
         def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            name = _kernel_for(args, kernel, on_cpu)
-            made: Result | None = _by_kernel(name, args, kwargs) if name is not None else None
+            made: Result | None = None
+            if _may_take(args, kernel, DEVICES):
+                made = _by_kernel(str(kernel), args, kwargs)
+            elif _may_take(args, on_cpu, CPU):
+                made = _named(str(on_cpu))(*args, **kwargs)
             return reference(*args, **kwargs) if made is None else made
 
         return run
@@ -68,24 +74,24 @@ def fused(
     return mark
 
 
-def _kernel_for(args: Sequence[object], on_gpu: str | None, on_cpu: str | None) -> str | None:
-    """Return which kernel may take a call with these arguments, the first a tensor."""
-    first = args[0]
+def _may_take(args: Sequence[object], kernel: str | None, devices: Sequence[str]) -> bool:
+    """Whether a kernel for these types of devices is there for a call with these arguments."""
+    first = args[0] if args else None
+    if kernel is None or not isinstance(first, Tensor) or first.device.type not in devices:
+        return False
     # torch.compile fuses a reference's operations itself.
-    if not isinstance(first, Tensor) or torch.compiler.is_compiling() or not _wanted.get():
-        return None
-    device = first.device.type
-    kernel = on_gpu if device in DEVICES else on_cpu if device == "cpu" else None
-    if kernel is None or kernel in _given_up:
-        return None
+    if torch.compiler.is_compiling() or not _wanted.get() or kernel in _given_up:
+        return False
     if torch.is_grad_enabled():
+        if devices is CPU:
+            return False
         tensors = [a for a in args if isinstance(a, Tensor)]
         layers = [a for a in args if isinstance(a, nn.Module)]
         weights = [parameter for layer in layers for parameter in layer.parameters()]
         if any(t.requires_grad for t in (*tensors, *weights)):
-            return None
+            return False
     # A mode wants to see PyTorch's operations: a tape would miss what a kernel writes.
-    return kernel if _get_current_dispatch_mode() is None else None
+    return _get_current_dispatch_mode() is None
 
 
 @functools.cache
@@ -98,11 +104,9 @@ def _named(kernel: str) -> Callable[..., Any]:
 def _by_kernel(kernel: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return a kernel's result; None where it does not take the arguments, or cannot be built."""
     try:
-        if args[0].is_cuda:
-            # Triton starts kernels on the current device, wherever the tensors are.
-            with torch.cuda.device_of(args[0]):
-                return _named(kernel)(*args, **kwargs)
-        return _named(kernel)(*args, **kwargs)
+        # Triton starts kernels on the current device, wherever the tensors are.
+        with torch.cuda.device_of(args[0]):
+            return _named(kernel)(*args, **kwargs)
     except torch.cuda.OutOfMemoryError:
         raise
     except AssertionError:

@@ -50,19 +50,42 @@ def test_a_kernel_takes_a_call_on_its_devices_and_no_other(kernel: Callable, mon
 
 
 def test_a_cpu_has_kernels_of_its_own(kernel: Callable, monkeypatch: pytest.MonkeyPatch):
-    kernel(lambda x, **options: "kernel")
+    kernel(lambda x: "kernel")
     monkeypatch.setattr(kernels, "DEVICES", ("cuda",))
-    both = fused("nothing.doubled", on_cpu="nothing.doubled_there")(lambda x: "reference")
-    assert both(torch.ones(2)) == "kernel"
-    assert both(torch.ones(2, device="meta")) == "reference"
     names = []
     monkeypatch.setattr(kernels, "_named", lambda name: lambda x: names.append(name) or "kernel")
+    both = fused("nothing.doubled", on_cpu="nothing.doubled_there")(lambda x: "reference")
+    with torch.no_grad():
+        assert both(torch.ones(2)) == "kernel"
+        assert both(torch.ones(2, device="meta")) == "reference"
+        monkeypatch.setattr(kernels, "DEVICES", ("cuda", "cpu"))
+        assert both(torch.ones(2)) == "kernel"
+    assert names == ["nothing.doubled_there", "nothing.doubled"]
+
+
+def test_what_only_a_cpu_fuses_a_gpu_leaves_to_the_reference(kernel: Callable):
+    kernel(lambda x: "kernel")
     there = fused(on_cpu="nothing.doubled_there")(lambda x: "reference")
-    both(torch.ones(2)), there(torch.ones(2))
-    monkeypatch.setattr(kernels, "DEVICES", ("cuda", "cpu"))
-    both(torch.ones(2))
-    assert there(torch.ones(2)) == "reference"
-    assert names == ["nothing.doubled_there"] * 2 + ["nothing.doubled"]
+    with torch.no_grad():
+        assert there(torch.ones(2)) == "kernel"
+        assert there(torch.ones(2, device="meta")) == "reference"
+    assert there(torch.ones(2)) == "reference", "it works in place: not where gradients are on"
+
+
+def test_errors_of_a_cpu_s_kernel_are_the_caller_s(monkeypatch: pytest.MonkeyPatch):
+    def broken(x: Tensor) -> str:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(kernels, "_named", lambda name: broken)
+    there = fused(on_cpu="nothing.doubled_there")(lambda x: "reference")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="allocate"):
+        there(torch.ones(2))
+    assert "nothing.doubled_there" not in given_up()
+
+
+def test_a_call_without_tensors_by_position_is_the_reference_s(kernel: Callable):
+    kernel(lambda x: "kernel")
+    assert fused("nothing.doubled")(lambda x: "reference")(x=torch.ones(2)) == "reference"
 
 
 def test_kernels_can_be_switched_off_for_a_while(kernel: Callable):
