@@ -23,6 +23,8 @@ TRAIN_STAGES = {
     "decoder": ("decoder", "train the VQ-VAE's decoder on, tokens unchanged"),
     "transformer": ("transformer", "train the scale-wise transformer"),
     "sampler": ("causal_sampler", "train the causal sampler on the frozen transformer"),
+    "model": ("assemble", "put a model's folder together from what the stages wrote"),
+    "all": ("all_stages", "tokenizer, transformer, sampler, decoder and model in a given time"),
 }
 
 

@@ -29,10 +29,11 @@ def _positive(text: str) -> int:
     return number
 
 
-def _positive_seconds(text: str) -> float:
-    if not (seconds := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text} leaves no time: give seconds above 0")
-    return seconds
+def positive_time(text: str) -> float:
+    """Return an option's seconds or minutes. Raises argparse.ArgumentTypeError where no time is left."""
+    if not (time_given := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} leaves no time: give more than 0")
+    return time_given
 
 
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +76,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int
     parser.add_argument("--log-every", type=int, default=20, help="steps between lines of progress")
     parser.add_argument(
         "--time-limit",
-        type=_positive_seconds,
+        type=positive_time,
         default=math.inf,
         help="seconds of training after which the run ends, before its steps: for a machine lent for minutes",
     )

@@ -1,0 +1,69 @@
+"""Puts a model's folder together from the files that the stages wrote, with its name and schedule."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+
+from ..checkpoint import load_vqvae, resolve_config
+from ..config import StarConfig
+from ..presets import read_schedule
+from ..star import SHIPPED, STAR_FILE, VQVAE_FILE
+from ..text_encoder import load_text_encoder
+from ..weights import METADATA_KEY, TensorFile, save_tensors
+
+log = logging.getLogger(__name__)
+
+TEXT_PARTS = ("text_encoder", "tokenizer")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `train model` to the command line."""
+    parser.add_argument(
+        "--star", type=Path, required=True, help="star.safetensors of the last stage that wrote one"
+    )
+    parser.add_argument("--vqvae", type=Path, required=True, help="vqvae.safetensors with the same codebook")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        default=SHIPPED,
+        help="folder of text_encoder/ and tokenizer/ (default: the shipped ones)",
+    )
+    parser.add_argument("--name", help="what the checkpoint is called (default: as it is)")
+    parser.add_argument("--schedule", help="its own schedule, by name or text (default: as it is)")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the model")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Write the folder; return a line that says where it is."""
+    config = assemble(args.star, args.vqvae, args.text, args.out, name=args.name, schedule=args.schedule)
+    return f"{args.out}: {config.name}, schedule {config.schedule}"
+
+
+def assemble(
+    star: Path, vqvae: Path, text: Path, out: Path, *, name: str | None = None, schedule: str | None = None
+) -> StarConfig:
+    """Write a model's folder, which `load` reads; return its configuration.
+
+    Raises ValueError where a file is missing or belongs to another model, where the schedule does not fit, and
+    where `out` holds a model already. Then nothing is written.
+    """
+    file = TensorFile(star)
+    config = resolve_config(file, None)
+    config = dataclasses.replace(config, name=name or config.name, schedule=schedule or config.schedule)
+    read_schedule(config.schedule, config.maps)
+    load_vqvae(vqvae, config.vqvae)
+    if (width := load_text_encoder(text).width) != config.transformer.text_width:
+        raise ValueError(f"{text} has states {width} wide, {star} reads {config.transformer.text_width}")
+    if (out / STAR_FILE).exists():
+        raise ValueError(f"{out} holds a model already: choose a new folder for --out")
+    for part in TEXT_PARTS:
+        shutil.copytree(text / part, out / part, dirs_exist_ok=True)
+    shutil.copyfile(vqvae, out / VQVAE_FILE)
+    # Last: a folder with it is whole.
+    save_tensors(out / STAR_FILE, file, {METADATA_KEY: config.to_json()})
+    log.info("%s: transformer, VQ-VAE and text encoder", out)
+    return config

@@ -1,0 +1,138 @@
+"""From pictures to a folder that draws: the stages put together, one after the other, by one command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from star_core.__main__ import main
+from star_core.star import SHIPPED, Options, load
+from star_core.training import all_stages, assemble, causal_sampler, decoder, tokenizer
+
+OPTIONS = {
+    "--tokenizer": "--batch 4 --channels 8 --multipliers 1 1 1 1 --codebook 32 --code-width 4",
+    "--transformer": "--batch 4 --depth 1 --width 64 --variants 1",
+    "--causal-sampler": "--batch 4 --sampler-depth 1 --variants 1",
+    "--decoder": "--batch 4 --head-start 1",
+}
+
+
+@pytest.fixture
+def train_all(
+    data: Path, distance: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    for stage in (tokenizer, decoder):
+        monkeypatch.setattr(stage, "asset_path", lambda name, folder: folder)
+        monkeypatch.setattr(stage, "load_lpips", lambda path, kind: distance)
+    # A step each: what is trained is others' affair, and a stage always makes the step that it has begun.
+    monkeypatch.setattr(all_stages, "FOREVER", 2)
+
+    def run(*options: str) -> str:
+        parser = argparse.ArgumentParser()
+        all_stages.add_arguments(parser)
+        given = ["--run", str(tmp_path / "run"), "--data", str(data), "--size", "32", "--device", "cpu"]
+        given += ["--sides", "1", "2", "4", "--minutes", "9", "--name", "mine"]
+        for name, text in OPTIONS.items():
+            given += [name, text]
+        return all_stages.run(parser.parse_args([*given, *options]))
+
+    return run
+
+
+def exported(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+
+
+def test_one_command_trains_a_model_that_draws(train_all: Callable, tmp_path: Path):
+    said = train_all("--schedule", "top_k 8; guidance 2")
+    model = tmp_path / "run" / "model"
+    assert str(model) in said
+    star = load(model)
+    assert star.config.name == "mine"
+    assert star.config.schedule == "top_k 8; guidance 2"
+    assert star.config.transformer.has_sampler
+    assert star.draw(["a thing"], options=Options(seed=1)).shape == (1, 3, 32, 32)
+    before = exported(tmp_path)
+    assert train_all("--schedule", "top_k 8; guidance 2") == said
+    assert exported(tmp_path) == before, "a stage that was done is not done again"
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    train_all: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(causal_sampler, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_all()
+    before = exported(tmp_path)
+    assert not any("model" in name for name in before)
+    train_all()
+    after = exported(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert load(tmp_path / "run" / "model").config.schedule == "top-k"
+
+
+def test_time_is_shared_and_a_gpu_gets_its_batches():
+    assert sum(stage.share for stage in all_stages.STAGES) == pytest.approx(1)
+    parser = argparse.ArgumentParser()
+    all_stages.add_arguments(parser)
+    for device, batch, workers in (("cpu", "16", False), ("cuda", "512", True)):
+        args = parser.parse_args(["--run", "x", "--minutes", "10", "--device", device])
+        plan = {stage.name: options for stage, options in all_stages.plan(args)}
+        options = plan["tokenizer"]
+        assert options[options.index("--batch") + 1] == batch
+        assert options[options.index("--time-limit") + 1] == "210"
+        assert ("--workers" in plan["transformer"]) == workers
+
+
+@pytest.fixture
+def shipped() -> dict[str, Path]:
+    return {"--star": SHIPPED / "star.safetensors", "--vqvae": SHIPPED / "vqvae.safetensors"}
+
+
+def train_model(files: dict[str, Path], out: Path, *options: str) -> int:
+    given = [str(part) for pair in files.items() for part in pair]
+    return main(["train", "model", *given, "--out", str(out), *options])
+
+
+def test_a_model_is_put_together_with_a_name_and_a_schedule(
+    shipped: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    own = "top_k 600; top_p 0.5*3 0.1*3; guidance 0 1 2 3 3 1"
+    assert train_model(shipped, tmp_path / "m", "--name", "other", "--schedule", own) == 0
+    assert "other" in capsys.readouterr().out
+    ours, theirs = load(tmp_path / "m"), load()
+    assert (ours.config.name, ours.config.schedule) == ("other", own)
+    schedule = theirs.config.schedule
+    drawn = ours.draw(["a red apple"], options=Options(seed=3, schedule=schedule))
+    assert torch.equal(drawn, theirs.draw(["a red apple"], options=Options(seed=3)))
+
+
+@pytest.mark.parametrize("wrong", ["schedule", "no file", "swapped", "text", "full"])
+def test_what_does_not_belong_together_is_refused_and_nothing_is_written(
+    wrong: str, shipped: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out, options, said = tmp_path / "m", [], ""
+    if wrong == "schedule":
+        options, said = ["--schedule", "top_k 600*2"], "top_k"
+    elif wrong == "no file":
+        shipped["--vqvae"], said = tmp_path / "none.safetensors", "no such file"
+    elif wrong == "swapped":
+        shipped["--star"], said = shipped["--vqvae"], "not a STAR transformer"
+    elif wrong == "text":
+        options, said = ["--text", str(tmp_path)], str(tmp_path)
+    else:
+        assemble.assemble(*shipped.values(), SHIPPED, out)
+        said = "a new folder"
+    before = exported(tmp_path)
+    assert train_model(shipped, out, *options) == 2
+    assert said in capsys.readouterr().err
+    assert exported(tmp_path) == before
