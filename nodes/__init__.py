@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from . import host
+from . import answers, host
 from .decode import StarVQDecode
 from .encode import StarCLIPEncode
 from .grid import StarLabelledGrid
@@ -39,5 +39,5 @@ class StarExtension(ComfyExtension):
 async def comfy_entrypoint() -> ComfyExtension:
     """Return the extension; ComfyUI calls this once at its start."""
     host.register_folder()
-    host.register_routes()
+    answers.register()
     return StarExtension()

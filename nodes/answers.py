@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import host
+from .load import checkpoint_path, preset_name
+
+
+def register() -> None:
+    """Offer the editor what it asks for."""
+    host.offer("/star/model", model_facts)
+    host.offer("/star/presets", preset_table)
+
 
 def model_facts(query: Mapping[str, str]) -> dict[str, Any]:
     """Return what the editor needs of the checkpoint that a Load STAR node has chosen."""
     from ..star_core.checkpoint import resolve_config
     from ..star_core.schedule import sides_text
     from ..star_core.weights import TensorFile
-    from .load import checkpoint_path, preset_name
 
     path = checkpoint_path(query.get("checkpoint", ""))
     config = resolve_config(TensorFile(path), preset_name(query.get("preset", "")))

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Answer = Callable[[Mapping[str, str]], dict[str, Any]]
+"""From a request's query to what becomes JSON."""
+
 FOLDER = "star"
 EXTENSIONS = {".safetensors", ".pth", ".pt", ".ckpt", ".bin"}
 PREVIEW_SIDE = 512
@@ -248,24 +251,21 @@ def _server() -> Any:
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
-def register_routes() -> None:
-    """Offer the editor what it asks for; where there is no server (in-process use) there is nothing to do."""
-    from . import answers
+def offer(path: str, answer: Answer) -> None:
+    """Let the server answer GET requests for a path; where there is none (in-process use) nobody asks.
 
+    The answer's ValueErrors are told to whoever asked.
+    """
     server = _server()
     if getattr(server, "routes", None) is None:
         return
 
-    @server.routes.get("/star/model")  # type: ignore[untyped-decorator]
-    async def model(request: Any) -> Any:
-        return await _answer(answers.model_facts, dict(request.rel_url.query))
-
-    @server.routes.get("/star/presets")  # type: ignore[untyped-decorator]
-    async def presets(request: Any) -> Any:
-        return await _answer(answers.preset_table, dict(request.rel_url.query))
+    @server.routes.get(path)  # type: ignore[untyped-decorator]
+    async def answered(request: Any) -> Any:
+        return await _answered(answer, dict(request.rel_url.query))
 
 
-async def _answer(answer: Callable[[Mapping[str, str]], dict[str, Any]], query: Mapping[str, str]) -> Any:
+async def _answered(answer: Answer, query: Mapping[str, str]) -> Any:
     from aiohttp import web
 
     try:
