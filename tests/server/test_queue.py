@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import urllib.error
+import urllib.parse
 
 import numpy as np
+import pytest
 from PIL import Image
 
 SIDES = (1, 2, 4, 6, 10, 16)
@@ -87,3 +90,23 @@ def test_without_previews_nothing_but_progress_is_told(client, prompt):
     run = client.run(prompt(seed=33, preview="off"))
     assert run.texts == TEXTS
     assert not [e for e in run.events if e.kind in ("preview", "binary 1")]
+
+
+def test_the_editor_is_told_a_checkpoint_s_sides_and_the_presets_for_them(client, prompt):
+    chosen = prompt(seed=1)["load"]["inputs"]
+    ask = {name: chosen[name] for name in ("checkpoint", "preset") if name in chosen}
+    facts = client.server.get("/star/model?" + urllib.parse.urlencode(ask))
+    assert facts["sides"] == [str(side) for side in SIDES]
+    assert facts["has_sampler"]
+    told = client.server.get("/star/presets?" + urllib.parse.urlencode({"maps": " ".join(facts["sides"])}))
+    presets = {preset["name"]: preset for preset in told["presets"]}
+    assert "top_k 600" in presets["top-k"]["schedule"]
+    assert presets["top-k"]["sampler"] is None
+    assert presets["sampler"]["sampler"]["strategy"]
+
+
+def test_what_the_editor_cannot_be_told_says_why(client):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        client.server.get("/star/model?checkpoint=none.safetensors")
+    assert refused.value.code == 400
+    assert "none.safetensors" in json.loads(refused.value.read())["error"]
