@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -224,9 +225,11 @@ def official_state(module: nn.Module, table: KeyTable) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose metadata also names the format."""
+    """Write a safetensors file whose metadata also names the format; under its name it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), path, {"format": "pt", "star_format": FORMAT, **metadata})
+    part = path.with_name(f"{path.name}.part")
+    save_file(dict(tensors), part, {"format": "pt", "star_format": FORMAT, **metadata})
+    os.replace(part, path)
 
 
 def vqvae_record(config: VQVAEConfig) -> str:

@@ -124,6 +124,6 @@ def _convolves(dtype: torch.dtype) -> bool:
     try:
         found = _convolve_onto(total, x, weight, None, (1, 1), (1, 1), (1, 1), 1)
     except Exception as error:  # the operator is private, and differs between versions of PyTorch
-        _log.info("No convolutions onto sums in %s: %s", dtype, str(error).splitlines()[0])
+        _log.info("No convolutions onto sums in %s: %s", dtype, str(error).partition("\n")[0])
         return False
     return bool((found == 1 + F.conv2d(x, weight, padding=1)).all())

@@ -1,7 +1,8 @@
 """All stages one after the other, each with its share of a time: from pictures to a folder that draws.
 
 For a fast machine that is at hand for minutes, and for a model of one's own by one command. Every stage is the
-one that `train STAGE` runs, resumes where it was killed, and is skipped once its time is up.
+one that `train STAGE` runs, resumes where it was killed, and is skipped once it has ended. What is prepared for
+a stage is not counted: the decoder's redraws every picture twice, minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -10,23 +11,31 @@ import argparse
 import importlib
 import json
 import logging
+import math
 import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import torch
 
+from ..config import square_maps
+from ..packed import has_bfloat16_products
+from ..presets import read_schedule
 from ..star import SHIPPED, STAR_FILE, VQVAE_FILE
-from .assemble import assemble
+from .assemble import assemble, text_width
+from .emoji import EmojiSet
 from .run import positive_time
 
 log = logging.getLogger(__name__)
 
 FOREVER = 10**9
 """Steps of a run that its time ends."""
-DONE = "done.json"
+BEGUN, DONE = "options.json", "done"
+"""What a stage was begun with, and that it has ended."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=positive_time,
         default=10.0,
-        help="of training; what is prepared for it is not counted",
+        help="of training; what is prepared for it (pictures redrawn for the decoder) is not counted",
     )
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--packages", type=Path, default=Path("build/packages"))
@@ -71,29 +80,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{stage.name.replace('_', '-')}",
             default="",
             metavar="OPTIONS",
-            help=f"more options of `train {stage.name.removeprefix('causal_')}`, in quotes",
+            help=f"more options of `train {stage.name.removeprefix('causal_')}`, as in"
+            f' --{stage.name.replace("_", "-")}="--batch 64"',
         )
 
 
+class Options(argparse.ArgumentParser):
+    """A stage's options, given in quotes."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}")
+
+
 def run(args: argparse.Namespace) -> str:
-    """Train what is not trained yet, and put the model together; return how to draw with it."""
-    for stage, options in plan(args):
-        folder = args.run / stage.name
-        mark = folder / DONE
-        if mark.exists() and json.loads(mark.read_text()) == options:
+    """Train what is not trained yet, and put the model together; return how to draw with it.
+
+    Raises ValueError for what does not fit, before anything is trained.
+    """
+    check(args)
+    planned = [(stage.name, options, *_parsed(stage, options)) for stage, options in plan(args)]
+    for name, options, _, _ in planned:
+        _check_begun(args.run / name, options)
+    for name, options, module, parsed in planned:
+        folder = args.run / name
+        if (folder / DONE).exists():
             log.info("%s: done before", folder)
             continue
-        module = importlib.import_module(f".{stage.name}", __package__)
-        parser = argparse.ArgumentParser(prog=f"train all: {stage.name}")
-        module.add_arguments(parser)
-        log.info("%s %s", stage.name, shlex.join(options))
-        module.run(parser.parse_args(options))
-        mark.write_text(json.dumps(options))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "options.part").write_text(json.dumps(options))
+        os.replace(folder / "options.part", folder / BEGUN)
+        log.info("%s %s", name, shlex.join(options))
+        module.run(parsed)
+        (folder / DONE).touch()
     out = args.run / "model"
-    star, vqvae = args.run / "causal_sampler" / STAR_FILE, args.run / "decoder" / VQVAE_FILE
-    if not (out / STAR_FILE).exists():
+    if not out.exists():
+        star, vqvae = args.run / "causal_sampler" / STAR_FILE, args.run / "decoder" / VQVAE_FILE
         assemble(star, vqvae, args.text, out, name=args.name, schedule=args.schedule)
     return f'python -m star_core sample "a red apple" --checkpoint {shlex.quote(str(out))}'
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for what a late stage would refuse."""
+    if math.isinf(args.minutes):
+        raise ValueError("--minutes inf would never end: give a number")
+    schedule = read_schedule(args.schedule, square_maps(args.sides))
+    if any(policy.smooth for policy in schedule.scales):
+        raise ValueError(f"--schedule {args.schedule!r} draws smooth: the decoder learns from drawn tokens")
+    text_width(args.text)
+    EmojiSet.load(args.data, args.size)
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).partition(chr(10))[0]}") from None
+
+
+def _check_begun(folder: Path, options: list[str]) -> None:
+    """Raise ValueError where a stage was begun with other options: what follows it has learnt its tokens."""
+    if not (folder / BEGUN).exists():
+        return
+    begun = json.loads((folder / BEGUN).read_text())
+    if begun != options:
+        raise ValueError(
+            f"{folder} was begun with other options ({shlex.join(begun)}): give those, or another --run"
+        )
+
+
+def _parsed(stage: Stage, options: list[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """Return a stage's module and its options as it reads them."""
+    module = importlib.import_module(f".{stage.name}", __package__)
+    parser = Options(prog=f"--{stage.name.replace('_', '-')}", add_help=False)
+    module.add_arguments(parser)
+    return module, parser.parse_args(options)
 
 
 def plan(args: argparse.Namespace) -> Iterator[tuple[Stage, list[str]]]:
@@ -117,8 +174,12 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[Stage, list[str]]]:
     }
     for stage in STAGES:
         shared = ["--run", runs[stage.name], "--data", str(args.data), "--size", str(args.size)]
-        shared += ["--device", args.device, "--seed", str(args.seed), "--bfloat16"]
+        shared += ["--device", args.device, "--seed", str(args.seed)]
+        shared += ["--bfloat16"] if gpu or has_bfloat16_products() else []
         shared += ["--batch", str(stage.on_a_gpu if gpu else stage.on_a_cpu), "--steps", str(FOREVER)]
         shared += ["--time-limit", f"{60 * args.minutes * stage.share:g}"]
-        more = shlex.split(getattr(args, stage.name))
+        try:
+            more = shlex.split(getattr(args, stage.name))
+        except ValueError as error:
+            raise ValueError(f"--{stage.name.replace('_', '-')}: {error}") from None
         yield stage, [*shared, *own[stage.name], *more]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -43,27 +44,43 @@ def run(args: argparse.Namespace) -> str:
     return f"{args.out}: {config.name}, schedule {config.schedule}"
 
 
+def text_width(text: Path) -> int:
+    """Return how wide the states of a folder's text encoder are. Raises ValueError where a part is missing."""
+    for part in TEXT_PARTS:
+        if not (text / part).is_dir():
+            raise ValueError(f"{text / part} is missing: a model's folder has {' and '.join(TEXT_PARTS)}")
+    return load_text_encoder(text).width
+
+
 def assemble(
     star: Path, vqvae: Path, text: Path, out: Path, *, name: str | None = None, schedule: str | None = None
 ) -> StarConfig:
     """Write a model's folder, which `load` reads; return its configuration.
 
-    Raises ValueError where a file is missing or belongs to another model, where the schedule does not fit, and
-    where `out` holds a model already. Then nothing is written.
+    Raises ValueError where a file is missing or not of this architecture, where the schedule does not fit, and
+    where `out` holds something already. Then, as after a kill, there is no such folder.
     """
     file = TensorFile(star)
     config = resolve_config(file, None)
     config = dataclasses.replace(config, name=name or config.name, schedule=schedule or config.schedule)
     read_schedule(config.schedule, config.maps)
     load_vqvae(vqvae, config.vqvae)
-    if (width := load_text_encoder(text).width) != config.transformer.text_width:
+    if (width := text_width(text)) != config.transformer.text_width:
         raise ValueError(f"{text} has states {width} wide, {star} reads {config.transformer.text_width}")
-    if (out / STAR_FILE).exists():
-        raise ValueError(f"{out} holds a model already: choose a new folder for --out")
-    for part in TEXT_PARTS:
-        shutil.copytree(text / part, out / part, dirs_exist_ok=True)
-    shutil.copyfile(vqvae, out / VQVAE_FILE)
-    # Last: a folder with it is whole.
-    save_tensors(out / STAR_FILE, file, {METADATA_KEY: config.to_json()})
+    part = out.with_name(f"{out.name}.part")
+    try:
+        if out.exists():
+            if any(out.iterdir()):
+                raise ValueError(f"{out} holds something already: choose a new folder for --out")
+            out.rmdir()
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for folder in TEXT_PARTS:
+            shutil.copytree(text / folder, part / folder)
+        shutil.copyfile(vqvae, part / VQVAE_FILE)
+        save_tensors(part / STAR_FILE, file, {METADATA_KEY: config.to_json()})
+        os.replace(part, out)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror}") from error
     log.info("%s: transformer, VQ-VAE and text encoder", out)
     return config

@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
         average.resume(state["average"], checkpoint.step)
 
     def save() -> None:
+        averaged = export(average, config, networks.transformer, args.run).to(device)
         checkpoint.save(
             {
                 "model": sampler.state_dict(),
@@ -166,7 +167,6 @@ def run(args: argparse.Namespace) -> None:
                 "average": average.state,
             }
         )
-        averaged = export(average, config, networks.transformer, args.run).to(device)
         log.info("step %d held-out loss %.3f", checkpoint.step, held_out_loss(teaching, averaged))
 
     train = torch.from_numpy(data.indices("train"))

@@ -235,6 +235,7 @@ def run(args: argparse.Namespace) -> None:
         checkpoint.started = time.monotonic()
 
     def save() -> None:
+        export(average, vqvae.config, args.run)
         checkpoint.save(
             {
                 "model": vqvae.state_dict(),
@@ -245,7 +246,6 @@ def run(args: argparse.Namespace) -> None:
                 "redrawn": redrawn_scales(args),
             }
         )
-        export(average, vqvae.config, args.run)
         found = held_out_psnr(average, vqvae.config, tokens[held_out], pictures_of.take(held_out), args.sides)
         log.info("step %d held-out PSNR %.2f dB", checkpoint.step, found)
 

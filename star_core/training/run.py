@@ -31,9 +31,13 @@ def _positive(text: str) -> int:
 
 def positive_time(text: str) -> float:
     """Return an option's seconds or minutes. Raises argparse.ArgumentTypeError where no time is left."""
-    if not (time_given := float(text)) > 0:
+    try:
+        found = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+    if not found > 0:
         raise argparse.ArgumentTypeError(f"{text} leaves no time: give more than 0")
-    return time_given
+    return found
 
 
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +155,10 @@ class Checkpoint:
         return dict(state)
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state with the step and the seconds spent so far."""
+        """Write the state with the step and the seconds spent so far.
+
+        What a stage exports is written before: killed between the two, it makes its last steps again.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = {**state, "step": self.step, "seconds": self.total_seconds()}
         part = self.path.with_suffix(".part")

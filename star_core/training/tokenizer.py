@@ -167,6 +167,7 @@ def run(args: argparse.Namespace) -> None:
     real = pictures_of.take(torch.from_numpy(held_out))
 
     def save() -> None:
+        export(average, config, args.run)
         checkpoint.save(
             {
                 "model": trainer.vqvae.state_dict(),
@@ -174,7 +175,6 @@ def run(args: argparse.Namespace) -> None:
                 "average": average.state,
             }
         )
-        export(average, config, args.run)
         averaged = VQVAE(config).to(device).eval()
         averaged.load_state_dict(average.state)
         drawn = reconstruct(averaged, real, maps)

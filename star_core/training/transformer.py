@@ -165,6 +165,7 @@ def run(args: argparse.Namespace) -> None:
         average.resume(state["average"], checkpoint.step)
 
     def save() -> None:
+        averaged = export(average, config, args.run)
         checkpoint.save(
             {
                 "model": transformer.state_dict(),
@@ -172,7 +173,6 @@ def run(args: argparse.Namespace) -> None:
                 "average": average.state,
             }
         )
-        averaged = export(average, config, args.run)
         losses = held_out_loss(averaged.to(device), lessons)
         log.info(
             "step %d held-out loss %.3f, per scale %s",

@@ -12,8 +12,9 @@ from torch import nn
 
 from star_core.__main__ import main
 from star_core.star import SHIPPED, Options, load
-from star_core.training import all_stages, assemble, causal_sampler, decoder, tokenizer
+from star_core.training import all_stages, assemble, causal_sampler, decoder, tokenizer, transformer
 
+STAGES = (tokenizer, transformer, causal_sampler, decoder)
 OPTIONS = {
     "--tokenizer": "--batch 4 --channels 8 --multipliers 1 1 1 1 --codebook 32 --code-width 4",
     "--transformer": "--batch 4 --depth 1 --width 64 --variants 1",
@@ -29,7 +30,7 @@ def train_all(
     for stage in (tokenizer, decoder):
         monkeypatch.setattr(stage, "asset_path", lambda name, folder: folder)
         monkeypatch.setattr(stage, "load_lpips", lambda path, kind: distance)
-    # A step each: what is trained is others' affair, and a stage always makes the step that it has begun.
+    # Two steps each: how well they train is other tests' affair.
     monkeypatch.setattr(all_stages, "FOREVER", 2)
 
     def run(*options: str) -> str:
@@ -48,8 +49,21 @@ def exported(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
 
 
-def test_one_command_trains_a_model_that_draws(train_all: Callable, tmp_path: Path):
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that were run, in order."""
+    names: list[str] = []
+    for stage in STAGES:
+        whole, name = stage.run, stage.__name__.rpartition(".")[2]
+        monkeypatch.setattr(
+            stage, "run", lambda args, whole=whole, name=name: (names.append(name), whole(args))
+        )
+    return names
+
+
+def test_one_command_trains_a_model_that_draws(train_all: Callable, tmp_path: Path, ran: list[str]):
     said = train_all("--schedule", "top_k 8; guidance 2")
+    assert ran == ["tokenizer", "transformer", "causal_sampler", "decoder"]
     model = tmp_path / "run" / "model"
     assert str(model) in said
     star = load(model)
@@ -58,26 +72,83 @@ def test_one_command_trains_a_model_that_draws(train_all: Callable, tmp_path: Pa
     assert star.config.transformer.has_sampler
     assert star.draw(["a thing"], options=Options(seed=1)).shape == (1, 3, 32, 32)
     before = exported(tmp_path)
+    ran.clear()
     assert train_all("--schedule", "top_k 8; guidance 2") == said
-    assert exported(tmp_path) == before, "a stage that was done is not done again"
+    assert not ran, "a stage that has ended is not run again"
+    assert exported(tmp_path) == before
 
 
+def test_another_model_needs_another_run(train_all: Callable, tmp_path: Path, ran: list[str]):
+    train_all()
+    before, _ = exported(tmp_path), ran.clear()
+    for other in (["--minutes", "30"], ["--name", "other"], ["--schedule", "top_k 8"], ["--seed", "1"]):
+        with pytest.raises(ValueError, match="begun with other options.*another --run"):
+            train_all(*other)
+    assert not ran
+    assert exported(tmp_path) == before
+
+
+class Killed(BaseException):
+    """As a kill, no handler of errors sees it."""
+
+
+@pytest.mark.parametrize("moment", ["before a stage", "within", "while exporting", "before the mark", "model"])
 def test_a_killed_run_goes_on_where_it_was(
-    train_all: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, train_all: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def killed(args: argparse.Namespace) -> None:
-        raise KeyboardInterrupt
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(causal_sampler, "run", killed)
-        with pytest.raises(KeyboardInterrupt):
+        if moment == "before a stage":
+            patch.setattr(causal_sampler, "run", killed)
+        elif moment == "within":
+            patch.setattr(transformer, "rate_at", killed)
+        elif moment == "while exporting":
+            patch.setattr(
+                "star_core.weights.save_file", lambda t, part, m: (part.write_bytes(b"half"), killed())
+            )
+        elif moment == "before the mark":
+            patch.setattr(Path, "touch", killed)
+        else:
+            patch.setattr(assemble, "save_tensors", killed)
+        with pytest.raises(Killed):
             train_all()
-    before = exported(tmp_path)
-    assert not any("model" in name for name in before)
+    before = exported(tmp_path / "run")
+    assert not any("model" in name and "part" not in name for name in before)
+    assert (moment == "while exporting") == (not before)
     train_all()
-    after = exported(tmp_path)
-    assert {name: after[name] for name in before} == before
-    assert load(tmp_path / "run" / "model").config.schedule == "top-k"
+    after = exported(tmp_path / "run")
+    assert {name: after[name] for name in before if "part" not in name} == {
+        name: changed for name, changed in before.items() if "part" not in name
+    }
+    star = load(tmp_path / "run" / "model")
+    assert star.config.schedule == "top-k"
+    assert star.draw(["a thing"]).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--schedule", "top_k 8*2"], "top_k"),
+        (["--schedule", "nothing"], "nothing"),
+        (["--schedule", "smooth"], "draws smooth"),
+        (["--data", "none"], "none"),
+        (["--text", "none"], "none"),
+        (["--text", str(SHIPPED / "text_encoder")], "tokenizer"),
+        (["--device", "bogus"], "--device bogus"),
+        (["--minutes", "inf"], "never end"),
+        (["--transformer", "--batch many"], "--transformer: argument --batch"),
+        (["--decoder", "--headstart 1"], "--decoder: unrecognized arguments"),
+        (["--decoder", "--schedule 'top"], "--decoder: No closing quotation"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_trained(
+    options: list[str], said: str, train_all: Callable, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=said):
+        train_all(*options)
+    assert not exported(tmp_path)
 
 
 def test_time_is_shared_and_a_gpu_gets_its_batches():
@@ -116,7 +187,9 @@ def test_a_model_is_put_together_with_a_name_and_a_schedule(
     assert torch.equal(drawn, theirs.draw(["a red apple"], options=Options(seed=3)))
 
 
-@pytest.mark.parametrize("wrong", ["schedule", "no file", "swapped", "text", "full"])
+@pytest.mark.parametrize(
+    "wrong", ["schedule", "no file", "swapped", "text", "flat text", "full", "a file", "below"]
+)
 def test_what_does_not_belong_together_is_refused_and_nothing_is_written(
     wrong: str, shipped: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -129,9 +202,14 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_written(
         shipped["--star"], said = shipped["--vqvae"], "not a STAR transformer"
     elif wrong == "text":
         options, said = ["--text", str(tmp_path)], str(tmp_path)
-    else:
+    elif wrong == "flat text":
+        options, said = ["--text", str(SHIPPED / "text_encoder")], "text_encoder"
+    elif wrong == "full":
         assemble.assemble(*shipped.values(), SHIPPED, out)
         said = "a new folder"
+    else:
+        (tmp_path / "file").write_text("")
+        out, said = tmp_path / "file" / ("m" if wrong == "below" else ""), "cannot be written"
     before = exported(tmp_path)
     assert train_model(shipped, out, *options) == 2
     assert said in capsys.readouterr().err
