@@ -28,7 +28,7 @@ from ..presets import read_schedule
 from ..star import SHIPPED, STAR_FILE, VQVAE_FILE
 from .assemble import assemble, text_width
 from .emoji import EmojiSet
-from .run import positive_time
+from .run import positive_time, training_seed
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="star-emoji-64")
     parser.add_argument("--schedule", default="top-k", help="the checkpoint's own schedule, by name or text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=training_seed, default=0)
     for stage in STAGES:
         parser.add_argument(
             f"--{stage.name.replace('_', '-')}",
@@ -132,6 +132,10 @@ def check(args: argparse.Namespace) -> None:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).partition(chr(10))[0]}") from None
+    try:
+        args.run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--run {args.run} can be no folder: {error.strerror}") from None
 
 
 def _check_begun(folder: Path, options: list[str]) -> None:

@@ -40,6 +40,17 @@ def positive_time(text: str) -> float:
     return found
 
 
+def training_seed(text: str) -> int:
+    """Return an option's seed. Raises argparse.ArgumentTypeError for one that generators do not take."""
+    try:
+        found = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+    if not 0 <= found < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: give 0 to {2**32 - 1}")
+    return found
+
+
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
     """Add how many processes make captions."""
     parser.add_argument(
@@ -73,7 +84,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int
     parser.add_argument("--steps", type=_positive, default=steps, help="total steps, resumed ones too")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--rate", type=float, default=rate, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=training_seed, default=0)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")

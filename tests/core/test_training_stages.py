@@ -391,11 +391,20 @@ def test_a_run_ends_when_its_time_is_up_saves_and_goes_on(data, tokenizer_run, t
 
 
 @pytest.mark.parametrize(
-    ("option", "said"), [("--steps", "0 is no number of steps"), ("--time-limit", "0 leaves no time")]
+    ("option", "value", "said"),
+    [
+        ("--steps", "0", "0 is no number of steps"),
+        ("--time-limit", "0", "0 leaves no time"),
+        ("--time-limit", "nan", "nan leaves no time"),
+        ("--time-limit", "long", "long is no number"),
+        ("--seed", "-1", "-1 is no seed"),
+        ("--seed", str(2**32), "is no seed"),
+        ("--seed", "x", "x is no number"),
+    ],
 )
-def test_a_run_of_no_length_is_refused(option, said, capsys):
+def test_a_run_of_no_length_or_seed_is_refused(option, value, said, capsys):
     parser = argparse.ArgumentParser()
     transformer.add_arguments(parser)
     with pytest.raises(SystemExit):
-        parser.parse_args(["--run", "x", "--tokenizer-run", "y", "--text", "z", option, "0"])
+        parser.parse_args(["--run", "x", "--tokenizer-run", "y", "--text", "z", option, value])
     assert said in capsys.readouterr().err

@@ -138,6 +138,7 @@ def test_a_killed_run_goes_on_where_it_was(
         (["--text", str(SHIPPED / "text_encoder")], "tokenizer"),
         (["--device", "bogus"], "--device bogus"),
         (["--minutes", "inf"], "never end"),
+        (["--run", str(SHIPPED / "ATTRIBUTION.md")], "can be no folder"),
         (["--transformer", "--batch many"], "--transformer: argument --batch"),
         (["--decoder", "--headstart 1"], "--decoder: unrecognized arguments"),
         (["--decoder", "--schedule 'top"], "--decoder: No closing quotation"),
