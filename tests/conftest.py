@@ -1,4 +1,4 @@
-"""A tiny model with random weights, random texts and schedules: what the behaviour tests draw with."""
+"""A tiny model with random weights, random texts and schedules; which kernels took a call."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
+from star_core import kernels
 from star_core.causal_sampler import CausalSampler
 from star_core.config import StarConfig, TokenMap, TransformerConfig, VQVAEConfig
 from star_core.generate import generate
@@ -248,3 +249,21 @@ def tokens() -> Callable[..., tuple[Tensor, ...]]:
 def weigh() -> Callable[[nn.Module, int], None]:
     """Return what gives a module random weights that keep activations' size."""
     return random_weights
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that were asked and took the call, in order."""
+    names: list[str] = []
+    named = kernels._named
+
+    def watched(name: str) -> Callable:
+        def run(*args: object, **kwargs: object) -> object:
+            made = named(name)(*args, **kwargs)
+            names.extend([name] if made is not None else [])
+            return made
+
+        return run
+
+    monkeypatch.setattr(kernels, "_named", watched)
+    return names

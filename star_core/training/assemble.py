@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from ..checkpoint import load_vqvae, resolve_config
@@ -58,7 +59,7 @@ def assemble(
     """Write a model's folder, which `load` reads; return its configuration.
 
     Raises ValueError where a file is missing or not of this architecture, where the schedule does not fit, and
-    where `out` holds something already. Then, as after a kill, there is no such folder.
+    where `out` holds something already. Then, as after a kill, nothing is written there.
     """
     file = TensorFile(star)
     config = resolve_config(file, None)
@@ -67,19 +68,19 @@ def assemble(
     load_vqvae(vqvae, config.vqvae)
     if (width := text_width(text)) != config.transformer.text_width:
         raise ValueError(f"{text} has states {width} wide, {star} reads {config.transformer.text_width}")
-    part = out.with_name(f"{out.name}.part")
     try:
-        if out.exists():
-            if any(out.iterdir()):
-                raise ValueError(f"{out} holds something already: choose a new folder for --out")
-            out.rmdir()
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for folder in TEXT_PARTS:
-            shutil.copytree(text / folder, part / folder)
-        shutil.copyfile(vqvae, part / VQVAE_FILE)
-        save_tensors(part / STAR_FILE, file, {METADATA_KEY: config.to_json()})
-        os.replace(part, out)
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} holds something already: choose a new folder for --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as beside:
+            whole = Path(beside, out.name)
+            for part in TEXT_PARTS:
+                shutil.copytree(text / part, whole / part)
+            shutil.copyfile(vqvae, whole / VQVAE_FILE)
+            save_tensors(whole / STAR_FILE, file, {METADATA_KEY: config.to_json()})
+            if out.exists():
+                out.rmdir()
+            os.replace(whole, out)
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}") from error
     log.info("%s: transformer, VQ-VAE and text encoder", out)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from star_core import attention, kernels, load, transformer, vqvae
+from star_core import attention, load, transformer, vqvae
 from star_core.attention import LayerCache
 from star_core.kernels import cpu, given_up, references_only
 from star_core.packed import has_bfloat16_products
@@ -25,25 +25,6 @@ WIDTH = HEADS * HEAD_WIDTH
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that took a call, in order."""
-    names: list[str] = []
-    named = kernels._named
-
-    def watched(name: str) -> Callable:
-        def run(*args: object, **kwargs: object) -> object:
-            made = named(name)(*args, **kwargs)
-            if made is not None:
-                names.append(name)
-            return made
-
-        return run
-
-    monkeypatch.setattr(kernels, "_named", watched)
-    return names
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,4 @@
-"""A GPU, or one line that says what is missing; tiny models on it, and which kernels serve."""
+"""A GPU, or one line that says what is missing; tiny models on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from star_core import kernels
 from star_core.generate import generate
 from star_core.graphs import Replays
 from star_core.kernels import given_up
@@ -47,24 +46,6 @@ def kernels_serve(gpu: torch.device, caplog: pytest.LogCaptureFixture) -> Iterat
     with caplog.at_level(logging.INFO):
         yield
     assert not given_up(), caplog.text
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that were asked and took the call, in order."""
-    names: list[str] = []
-    named = kernels._named
-
-    def watched(name: str) -> Callable:
-        def run(*args: object, **kwargs: object) -> object:
-            made = named(name)(*args, **kwargs)
-            names.extend([name] if made is not None else [])
-            return made
-
-        return run
-
-    monkeypatch.setattr(kernels, "_named", watched)
-    return names
 
 
 @pytest.fixture
