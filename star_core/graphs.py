@@ -163,8 +163,9 @@ class Tape(TorchDispatchMode):
         self._operations.append((func, args, kwargs, result))
         return result
 
+    @torch.no_grad()
     def replay(self) -> None:
-        """Repeat every operation; its result goes where it went before."""
+        """Repeat every operation, those of a backward pass too; its result goes where it went before."""
         for func, args, kwargs, result in self._operations:
             fresh, before = (tree_flatten(r)[0] for r in (func(*args, **kwargs), result))
             for new, old in zip(fresh, before, strict=True):

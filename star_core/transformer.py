@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,17 @@ class TextBlock(nn.Module):
         return added(x, self.ffn(normed))
 
 
+class Places(NamedTuple):
+    """Where tokens stand that are seen at once: their scales (K,), their rotation (K, head_width / 2)."""
+
+    scales: Tensor
+    rotation: Rotation
+
+    def select(self, positions: Tensor) -> Places:
+        """Return those of the tokens at `positions` (K,)."""
+        return Places(self.scales[positions], self.rotation.select(positions))
+
+
 class Transformer(nn.Module):
     """Start token, embeddings, blocks and head. Knows nothing of sampling, guidance or pictures."""
 
@@ -142,6 +154,11 @@ class Transformer(nn.Module):
         """Return the rotations of all maps' tokens, (L, head_width / 2), on the CPU."""
         config = self.config
         return axial_rope_of_maps(maps, config.head_width, config.rope_theta, config.rope_extent)
+
+    def places(self, maps: Sequence[TokenMap], device: torch.device) -> Places:
+        """Return where all maps' tokens stand, on a device."""
+        each = [torch.full((h * w,), s, dtype=torch.long) for s, (h, w) in enumerate(maps)]
+        return Places(upload(torch.cat(each), device), self.rotations(maps).to(device))
 
     def start_token(self, pooled: Tensor) -> Tensor:
         """Return the input of the first scale, (R, 1, C), from the pooled text state (R, D)."""
@@ -206,26 +223,26 @@ class Transformer(nn.Module):
         maps: Sequence[TokenMap],
         *,
         positions: Tensor | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """Return the features (R, L, C) of all scales at once, under teacher forcing.
 
         teacher_inputs is (R, L - h0 w0, D), the downsampled f_hats of scales 1..; a token sees all scales
         up to its own. `positions` (K,) keeps only those of the L tokens (paper 4.4's efficient training):
-        the result is then (R, K, C).
+        the result is then (R, K, C). `places` of all L tokens, where they are at hand, save the host from
+        sending them.
         """
-        each = [torch.full((h * w,), s, dtype=torch.long) for s, (h, w) in enumerate(maps)]
-        scales = upload(torch.cat(each), teacher_inputs.device)
+        if places is None:
+            places = self.places(maps, teacher_inputs.device)
         embedded = self.word_embed(teacher_inputs.to(self.dtype))
         first = token_count(maps[:1])
-        embedded = embedded + self._scale_vectors(scales[first:], embedded)
+        embedded = embedded + self._scale_vectors(places.scales[first:], embedded)
         start = repeat(self.start_token(pooled), "r 1 c -> r n c", n=first)
         x = torch.cat([start, embedded], dim=1)
-        rotation = self.rotations(maps).to(x.device)
         if positions is not None:
-            x, scales = x[:, positions], scales[positions]
-            rotation = rotation.select(positions)
-        mask = scales.unsqueeze(1) >= scales.unsqueeze(0)
-        return self.features(x, rotation, text, mask=mask)
+            x, places = x.index_select(1, positions), places.select(positions)
+        mask = places.scales.unsqueeze(1) >= places.scales.unsqueeze(0)
+        return self.features(x, places.rotation, text, mask=mask)
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draw fresh weights, as VAR does: deviation sqrt(1 / 3C), residual outputs / sqrt(2 depth)."""

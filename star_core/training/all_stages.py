@@ -49,12 +49,13 @@ class Stage:
 
 
 STAGES = (
-    Stage("tokenizer", 0.35, 16, 512),
-    Stage("transformer", 0.42, 48, 1024),
-    Stage("causal_sampler", 0.08, 24, 512),
-    Stage("decoder", 0.15, 16, 128),
+    Stage("tokenizer", 0.25, 16, 256),
+    Stage("transformer", 0.50, 48, 512),
+    Stage("causal_sampler", 0.08, 24, 256),
+    Stage("decoder", 0.17, 16, 128),
 )
-"""A GPU is bound by launches with the CPU's batches (NOTES.md)."""
+"""A GPU does next to nothing with the CPU's batches (NOTES.md)."""
+RENDERINGS_ON_A_CPU, RENDERINGS_ON_A_GPU = 4, 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--packages", type=Path, default=Path("build/packages"))
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 4, 6, 8, 10, 13, 16])
+    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
     parser.add_argument("--text", type=Path, default=SHIPPED, help="folder of the text encoder")
     parser.add_argument("--name", default="star-emoji-64")
     parser.add_argument("--schedule", default="top-k", help="the checkpoint's own schedule, by name or text")
@@ -165,14 +166,16 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[Stage, list[str]]]:
     packages = ["--packages", str(args.packages)]
     text = ["--text", str(args.text)]
     ahead = ["--workers", str(min(8, os.cpu_count() or 1))] if gpu else []
+    variants = str(RENDERINGS_ON_A_GPU if gpu else RENDERINGS_ON_A_CPU)
+    lpips = ["--perceptual", "1", *(["--perceptual-share", "1"] if gpu else [])]
     tokens = ["--tokenizer-run", runs["tokenizer"]]
     redraw = ["--redrawn", "1", str(len(args.sides)), "--adversarial", "0.4"]
     own = {
-        "tokenizer": [*sides, *packages, "--perceptual", "1"],
-        "transformer": [*sides, *tokens, *text, *ahead, "--variants", "4", "--name", args.name],
-        "causal_sampler": [*tokens, *text, *ahead, "--variants", "4", "--transformer-run", runs["transformer"]],
+        "tokenizer": [*sides, *packages, *lpips],
+        "transformer": [*sides, *tokens, *text, *ahead, "--variants", variants, "--name", args.name],
+        "causal_sampler": [*tokens, *text, *ahead, "--variants", "2", "--transformer-run", runs["transformer"]],
         "decoder": [
-            *(*sides, *tokens, *text, *packages, *redraw, "--perceptual", "1"),
+            *(*sides, *tokens, *text, *packages, *redraw, *lpips),
             *("--model", str(Path(runs["causal_sampler"]) / STAR_FILE), "--schedule", args.schedule),
         ],
     }

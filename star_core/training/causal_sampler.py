@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Transformer
 from .emoji import EmojiSet
-from .lessons import Lesson, Lessons, run_folder_file
+from .lessons import Lesson, Lessons, add_misdrawn_argument, run_folder_file
+from .recorded import RecordedStep, recorder_for
 from .run import (
     Average,
     Checkpoint,
@@ -35,6 +37,7 @@ from .run import (
     add_run_arguments,
     add_workers_argument,
     compile_blocks,
+    placed,
     precision,
     rate_at,
     set_rate,
@@ -60,11 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transformer-run", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
     parser.add_argument(
-        "--variants",
-        type=int,
-        default=1,
-        help="renderings of each picture: as it is, then mirrored and shifted",
+        "--variants", type=int, default=1, help="renderings of each picture: as it is, then mirrored"
     )
+    add_misdrawn_argument(parser)
     parser.add_argument("--sampler-depth", type=int, default=3)
     parser.add_argument(
         "--schedule", help="the checkpoint's own schedule, by name or text (default: the transformer's)"
@@ -86,27 +87,32 @@ class SamplerLessons:
         self.lessons = lessons
         self.first = sampler_start(len(lessons.maps))
         self.lengths = [h * w for h, w in lessons.maps]
-        self.rotations = transformer.rotations(lessons.maps).to(lessons.device)
+        self.places = transformer.places(lessons.maps, lessons.device)
 
     @torch.no_grad()
     def features(self, lesson: Lesson) -> Tensor:
         """Return the last block's output (B, L, C) under teacher forcing."""
         keys = self.transformer.text_keys(lesson.text.hidden, lesson.text.mask)
-        found: Tensor = self.transformer(lesson.inputs, lesson.text.pooled, keys, self.lessons.maps)
+        found: Tensor = self.transformer(
+            lesson.inputs, lesson.text.pooled, keys, self.lessons.maps, places=self.places
+        )
         return found
 
-    def loss(self, sampler: CausalSampler, lesson: Lesson, rng: np.random.Generator) -> Tensor:
+    def known(self, batch: int, rng: np.random.Generator) -> list[Tensor]:
+        """Return which tokens (B, n) of each refined scale a lesson shows, on the lessons' device."""
+        shown = [known_mask(batch, length, rng) for length in self.lengths[self.first :]]
+        return [upload(mask, self.lessons.device) for mask in shown]
+
+    def loss(self, sampler: CausalSampler, lesson: Lesson, known: Sequence[Tensor]) -> Tensor:
         """Return the cross-entropy in nats on the unknown tokens of all refined scales."""
         features = self.features(lesson).split(self.lengths, dim=1)
         tokens = lesson.tokens.split(self.lengths, dim=1)
         total: Tensor = features[0].new_zeros(())
-        for scale in range(self.first, len(self.lengths)):
-            shown = known_mask(len(tokens[scale]), self.lengths[scale], rng)
-            known = upload(shown, features[0].device)
-            logits = self.logits(sampler, tokens[scale], known, features[scale], lesson, scale)
-            wanted = tokens[scale].masked_fill(known, IGNORED)
+        for scale, shown in enumerate(known, start=self.first):
+            logits = self.logits(sampler, tokens[scale], shown, features[scale], lesson, scale)
+            wanted = tokens[scale].masked_fill(shown, IGNORED)
             total = total + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
-        return total / (len(self.lengths) - self.first)
+        return total / len(known)
 
     def logits(
         self,
@@ -118,11 +124,11 @@ class SamplerLessons:
         scale: int,
     ) -> Tensor:
         """Return the sampler's logits (B, n, V) for a scale of which some tokens are known."""
-        codes = self.lessons.quantizer.lookup(tokens.long(), self.lessons.maps[scale])
+        codes = self.lessons.quantizer.lookup(tokens, self.lessons.maps[scale])
         shown = rearrange(codes, "b d h w -> b (h w) d") * known.unsqueeze(-1)
         start = sum(self.lengths[:scale])
         positions = torch.arange(start, start + self.lengths[scale], device=features.device)
-        rotation = self.rotations.select(torch.cat([positions.new_zeros(1), positions]))
+        rotation = self.places.rotation.select(torch.cat([positions.new_zeros(1), positions]))
         found: Tensor = sampler(shown, features, lesson.text.pooled, scale, rotation)
         return found
 
@@ -143,19 +149,29 @@ def run(args: argparse.Namespace) -> None:
     data = EmojiSet.load(args.data, args.size)
     vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
     text_encoder = load_text_encoder(args.text, device=device)
-    lessons = Lessons(data, vqvae, text_encoder, config.maps, device, variants=args.variants, seed=args.seed)
+    lessons = Lessons(
+        data,
+        vqvae,
+        text_encoder,
+        config.maps,
+        device,
+        variants=args.variants,
+        misdrawn=args.misdrawn,
+        seed=args.seed,
+    )
     teaching = SamplerLessons(networks.transformer, lessons)
     sampler = CausalSampler(config.transformer)
     sampler.initialise(torch.Generator().manual_seed(args.seed))
     sampler.to(device)
     compile_blocks(args, [*networks.transformer.blocks, *sampler.blocks])
-    made = optimizers(sampler, args.rate, muon_dtype=torch.bfloat16 if args.bfloat16 else None)
+    made = optimizers(sampler, args, device)
     average = Average(sampler, 0.998)
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
         sampler.load_state_dict(state["model"])
         for optimizer, stored in zip(made, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
+            placed(optimizer, device)
         average.resume(state["average"], checkpoint.step)
 
     def save() -> None:
@@ -169,6 +185,20 @@ def run(args: argparse.Namespace) -> None:
         )
         log.info("step %d held-out loss %.3f", checkpoint.step, held_out_loss(teaching, averaged))
 
+    def learn(*batch: Tensor) -> tuple[Tensor, ...]:
+        """Take in a lesson's tensors, and which tokens (B, n) of each refined scale are known."""
+        lesson, known = Lesson.of(batch)
+        with precision(args), attention_kernel(device):
+            loss = teaching.loss(sampler, lesson, known)
+        for optimizer in made:
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(sampler.parameters(), 2.0)
+        for optimizer in made:
+            optimizer.step()
+        return (loss.detach(),)
+
+    learn_step = RecordedStep(learn, recorder_for(device))
     train = torch.from_numpy(data.indices("train"))
     shuffled = shuffled_batches(len(train), args.batch, args.seed, checkpoint.step)
     batches = (train[batch] for batch in shuffled)
@@ -176,17 +206,11 @@ def run(args: argparse.Namespace) -> None:
         step, done = checkpoint.step, checkpoint.done(args)
         if done >= 1:
             break
-        lesson = lessons.lesson(plan)
+        lesson = lessons.lesson(plan, step, settled=True)
         rng = np.random.default_rng([args.seed, step, 1])
-        with precision(args), attention_kernel(device):
-            loss = teaching.loss(sampler, lesson, rng)
         for optimizer in made:
             set_rate(optimizer, rate_at(step, done, args.rate))
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(sampler.parameters(), 2.0)
-        for optimizer in made:
-            optimizer.step()
+        (loss,) = learn_step(*lesson.tensors(), *teaching.known(len(plan.pictures), rng))
         average.update(sampler)
         checkpoint.step += 1
         if step % args.log_every == 0:
@@ -201,7 +225,8 @@ def run(args: argparse.Namespace) -> None:
 def held_out_loss(teaching: SamplerLessons, sampler: CausalSampler, count: int = 128) -> float:
     """Return the loss on held-out pictures with their plain captions, under fixed masks."""
     lesson = teaching.lessons.held_out(count)
-    return teaching.loss(sampler, lesson, np.random.default_rng(0)).item()
+    known = teaching.known(len(lesson.tokens), np.random.default_rng(0))
+    return teaching.loss(sampler, lesson, known).item()
 
 
 def export(average: Average, config: StarConfig, transformer: Transformer, folder: Path) -> CausalSampler:

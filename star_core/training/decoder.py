@@ -25,16 +25,20 @@ from ..star import Star, load
 from ..transfer import upload
 from ..vqvae import VQVAE
 from .captions import plain_caption
-from .discriminator import Adversary, adaptive_weight
+from .discriminator import Adversary, adaptive_weight, drawn_places
 from .emoji import EmojiSet
-from .lessons import encode_all, run_folder_file
+from .lessons import all_tokens, encode_all, run_folder_file
 from .packages import asset_path
+from .recorded import RecordedStep, recorder_for
 from .redrawn import redraw_last_scales
 from .run import (
     Average,
     Checkpoint,
     PictureStore,
+    adamw,
     add_run_arguments,
+    operations_for,
+    placed,
     precision,
     rate_at,
     set_rate,
@@ -195,6 +199,21 @@ def distances(made: Tensor, real: Tensor, perceptual: nn.Module, share: float) -
     return (made - real).abs().mean(), lpips
 
 
+def mixed_versions(comparable: Sequence[bool], compared: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Return which version (B,) each picture of a batch is seen in: the first `compared` in one that is to look
+    like it, the others in one that is judged alone."""
+    kinds = [
+        torch.tensor([n for n, same in enumerate(comparable) if same is wanted]) for wanted in (True, False)
+    ]
+    counts = [compared, batch - compared]
+    drawn = [
+        kind[torch.randint(len(kind), (count,), generator=generator)]
+        for kind, count in zip(kinds, counts, strict=True)
+        if count
+    ]
+    return torch.cat(drawn)
+
+
 def run(args: argparse.Namespace) -> None:
     """Train, resuming where a checkpoint is, and export `vqvae.safetensors`."""
     if args.threads:
@@ -203,30 +222,34 @@ def run(args: argparse.Namespace) -> None:
     check_adversary(args)
     star = load_redrawing(args)
     torch.default_generator.manual_seed(args.seed)  # a training command owns its process
-    vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
+    stored = run_folder_file(args.tokenizer_run, "vqvae.safetensors")
+    vqvae = load_vqvae(stored, operations=operations_for(device), device=device)
     data = EmojiSet.load(args.data, args.size)
     maps = square_maps(args.sides)
     lengths = [h * w for h, w in maps]
     pictures_of = PictureStore(data.pictures, device)
     train, held_out = torch.from_numpy(data.indices("train")), torch.from_numpy(data.indices("pairs")[:128])
-    tokens = encode_all(pictures_of, vqvae, maps)
+    tokens = all_tokens(encode_all(pictures_of, vqvae), vqvae, maps)
     trained = [*vqvae.decoder.parameters(), *vqvae.post_quant_conv.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
     last_layer = vqvae.decoder.conv_out.weight
     vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
-    optimizer = torch.optim.AdamW(trained, args.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = adamw(trained, args.rate, device, betas=(0.9, 0.95), decay=0.01)
     average = Average(vqvae, 0.995)
     adversary = Adversary(perceptual, args.head_start, device) if args.adversarial else None
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
         vqvae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        placed(optimizer, device)
         average.resume(state["average"], checkpoint.step)
         resume_adversary(args, adversary, state)
     own = tokens[upload(train, device)]
-    comparable = torch.tensor([True, *(count < len(maps) for count in redrawn_scales(args))])
+    comparable = [True, *(count < len(maps) for count in redrawn_scales(args))]
+    # As many of each batch as there are such versions, so that all batches are of one shape.
+    compared = math.ceil(args.batch * sum(comparable) / len(comparable))
     if state is not None:
         versions = stored_versions(args, state, own)
     else:
@@ -252,36 +275,46 @@ def run(args: argparse.Namespace) -> None:
     if star is not None and state is None:
         save()  # redrawing took a while
     del star
-    for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
-        step, done = checkpoint.step, checkpoint.done(args)
-        if done >= 1:
-            break
-        set_rate(optimizer, rate_at(step, done, args.rate))
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        version = torch.randint(len(versions), (len(batch),), generator=generator)
-        version[0] = 0  # something to compare, against which the discriminator's weight is found
-        real = pictures_of.take(train[batch])
-        seen = versions[upload(version, device), upload(batch, device)]
+
+    def learn(real: Tensor, seen: Tensor, *places: Tensor, ready: bool) -> tuple[Tensor, ...]:
+        """Take in pictures (B, 3, H, W) and tokens (B, L), of which the first `compared` are to give them."""
         made = decoded(vqvae, seen, lengths, args.sides, precision(args))
-        compared = upload(comparable[version].nonzero().flatten(), device)
         with precision(args):
-            l1, lpips = distances(made[compared], real[compared], perceptual, args.perceptual_share)
+            l1, lpips = distances(made[:compared], real[:compared], perceptual, args.perceptual_share)
         (pull,) = torch.autograd.grad(l1 + args.perceptual * lpips, made)
-        told_apart = torch.zeros(())
+        told_apart = torch.zeros((), device=device)
         if adversary is not None:
-            push, told_apart = adversary.step(made, real, generator)
+            push, told_apart = adversary.step(made, real, (places[0], places[1]), ready=ready)
             if push is not None:
                 pull = pull + args.adversarial * adaptive_weight(made, pull, push, last_layer) * push
         optimizer.zero_grad()
         made.backward(pull)
         nn.utils.clip_grad_norm_(trained, 2.0)
         optimizer.step()
+        return l1.detach(), lpips.detach(), told_apart
+
+    learn_step = RecordedStep(learn, recorder_for(device))
+    for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
+        step, done = checkpoint.step, checkpoint.done(args)
+        if done >= 1:
+            break
+        set_rate(optimizer, rate_at(step, done, args.rate))
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        version = mixed_versions(comparable, compared, len(batch), generator)
+        real = pictures_of.take(train[batch])
+        seen = versions[upload(version, device), upload(batch, device)]
+        places, ready = [], False
+        if adversary is not None:
+            drawn = (drawn_places(len(batch), real.shape[2:], generator) for _ in range(2))
+            places, ready = [upload(each, device) for each in drawn], adversary.ready
+            adversary.steps += 1
+        losses = learn_step(real, seen, *places, ready=ready)
         average.update(vqvae)
         checkpoint.step += 1
         if step % args.log_every == 0:
             seconds = checkpoint.total_seconds()
-            losses = (l1.item(), lpips.item(), told_apart.item())
-            log.info("step %d %.0f s l1 %.4f lpips %.4f discriminator %.3f", step, seconds, *losses)
+            shown = (loss.item() for loss in losses)
+            log.info("step %d %.0f s l1 %.4f lpips %.4f discriminator %.3f", step, seconds, *shown)
         if checkpoint.step % args.save_every == 0:
             save()
     if checkpoint.step > checkpoint.saved:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..transfer import upload
+from .run import adamw, placed
 
 RATE = 1e-3
 """Of its optimizer: a few times the decoder's, since the heads are new when the decoder is not."""
@@ -70,8 +71,9 @@ class Adversary:
         """head_start: steps in which it learns and gives the decoder nothing to follow."""
         self.network = network
         self.head_start = head_start
+        self.device = device
         self.discriminator = Discriminator(network.channels).to(device)
-        self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), RATE, betas=(0.5, 0.99))
+        self.optimizer = adamw(self.discriminator.parameters(), RATE, device, betas=(0.5, 0.99), decay=0.01)
         self.steps = 0
 
     def state(self) -> dict[str, Any]:
@@ -86,33 +88,39 @@ class Adversary:
         """Go on from a stored state."""
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
+        placed(self.optimizer, self.device)
         self.steps = state["steps"]
 
-    def step(self, made: Tensor, real: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor]:
-        """Learn from drawn and real pictures (B, 3, H, W).
+    @property
+    def ready(self) -> bool:
+        """Whether its head start is over. Whoever has made a step counts it in `steps`."""
+        return self.steps >= self.head_start
+
+    def step(
+        self, made: Tensor, real: Tensor, places: tuple[Tensor, Tensor], *, ready: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Learn from drawn and real pictures (B, 3, H, W), seen by way of `places` (`drawn_places`).
 
         Returns the gradient of the generator loss on the drawn ones, as the discriminator was before, None
-        during its head start; and its own loss.
+        where it is not `ready`; and its own loss.
         """
-        ready = self.steps >= self.head_start
-        drawn_features = self._features(made if ready else made.detach(), generator)
+        drawn_features = self._features(made if ready else made.detach(), places[0])
         push = None
         if ready:
             loss = generator_loss(self.discriminator(drawn_features))
             (push,) = torch.autograd.grad(loss, made)
         with torch.no_grad():
-            real_features = self._features(real, generator)
+            real_features = self._features(real, places[1])
         own_loss = discriminator_loss(
             self.discriminator(real_features), self.discriminator([seen.detach() for seen in drawn_features])
         )
         self.optimizer.zero_grad()
         own_loss.backward()
         self.optimizer.step()
-        self.steps += 1
         return push, own_loss.detach()
 
-    def _features(self, pictures: Tensor, generator: torch.Generator) -> list[Tensor]:
-        return network_features(self.network, augmented(pictures.clamp(-1, 1), generator))
+    def _features(self, pictures: Tensor, places: Tensor) -> list[Tensor]:
+        return network_features(self.network, moved_to(pictures.clamp(-1, 1), places))
 
 
 def network_features(network: FeatureNetwork, pictures: Tensor) -> list[Tensor]:
@@ -124,21 +132,38 @@ def network_features(network: FeatureNetwork, pictures: Tensor) -> list[Tensor]:
 
 
 def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Return pictures (B, 3, H, W), each mirrored or not and shifted by whole pixels.
+    """Return pictures (B, 3, H, W), each mirrored or not and shifted by whole pixels."""
+    places = drawn_places(len(pictures), pictures.shape[2:], generator)
+    return moved_to(pictures, upload(places, pictures.device))
 
-    As DiffAugment does (arXiv 2006.10738): gradients pass, and both kinds of pictures are treated alike.
-    """
-    count, _, height, width = pictures.shape
-    reach = [max(1, int(side * LONGEST_SHIFT)) for side in (height, width)]
-    padded = F.pad(pictures, (reach[1], reach[1], reach[0], reach[0]), value=BACKGROUND)
+
+def drawn_places(count: int, sides: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return where each pixel of `count` pictures of these sides (height, width) comes from, (B, 1, H * W), on
+    the CPU: its number in a picture with a margin."""
+    height, width = sides
+    reach = _reach(sides)
     down, right = (torch.randint(2 * r + 1, (count, 1), generator=generator) for r in reach)
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
     across = torch.arange(width).expand(count, width)
     columns = right + torch.where(mirrored, across.flip(1), across)
     rows = down + torch.arange(height)
-    places = (rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)).view(count, 1, -1)
-    places = upload(places, pictures.device).expand(-1, pictures.shape[1], -1)
-    return padded.flatten(2).gather(2, places).view_as(pictures)
+    padded_width = width + 2 * reach[1]
+    return (rows.unsqueeze(2) * padded_width + columns.unsqueeze(1)).view(count, 1, -1)
+
+
+def moved_to(pictures: Tensor, places: Tensor) -> Tensor:
+    """Return pictures (B, C, H, W) with the pixels at `places` (B, 1, H * W), on white.
+
+    As DiffAugment does (arXiv 2006.10738): gradients pass, and both kinds of pictures are treated alike.
+    """
+    reach = _reach(pictures.shape[2:])
+    padded = F.pad(pictures, (reach[1], reach[1], reach[0], reach[0]), value=BACKGROUND)
+    every = places.expand(-1, pictures.shape[1], -1)
+    return padded.flatten(2).gather(2, every).view(pictures.shape)
+
+
+def _reach(sides: Sequence[int]) -> list[int]:
+    return [max(1, int(side * LONGEST_SHIFT)) for side in sides]
 
 
 def discriminator_loss(real: Sequence[Tensor], drawn: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -21,14 +23,17 @@ from ..transfer import upload
 from ..vqvae import VQVAE
 from .captions import plain_caption, random_caption
 from .emoji import EmojiSet, Record
+from .misdrawn import Misdrawing
 from .run import PictureStore
 
-ENCODE_BATCH = 128
+ENCODE_BATCH = 256
 PROMPT_DROPOUT = 0.1
-LENGTH_STEP = 16
-"""Batches of captions are cut to multiples of it: compiled code has one version per length."""
-LONGEST_SHIFT = 4
-"""Pixels: half a latent cell of the shipped VQ-VAE."""
+PLAIN_VARIANTS = 2
+"""The first renderings, which are not moved: as it is, and mirrored."""
+LENGTH_STEP = 32
+"""Batches of captions are cut to multiples of it: compiled and recorded code has one version per length."""
+LONGEST_SHIFT, LONGEST_TURN, LARGEST_GROWTH = 1 / 12, math.radians(8), 0.1
+"""How a picture is moved at most: shares of its side, an angle, and a share of its size, up or down."""
 
 
 class Plan(NamedTuple):
@@ -48,6 +53,16 @@ class Lesson:
     tokens: Tensor
     inputs: Tensor
     text: TextStates
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all of it, for a recorded step."""
+        return self.tokens, self.inputs, self.text.hidden, self.text.mask, self.text.pooled
+
+    @classmethod
+    def of(cls, batch: Sequence[Tensor]) -> tuple[Lesson, Sequence[Tensor]]:
+        """Return the lesson of `tensors()`, and what comes after them."""
+        tokens, inputs, hidden, mask, pooled, *more = batch
+        return cls(tokens, inputs, TextStates(hidden, mask, pooled)), more
 
 
 class Planner(Dataset[Plan]):
@@ -97,7 +112,10 @@ class Planner(Dataset[Plan]):
 
 
 class Lessons:
-    """Pictures as tokens, with captions and one of `variants` renderings drawn anew at every visit."""
+    """Pictures as token maps, with captions and one of `variants` renderings drawn anew at every visit.
+
+    The first rendering is the picture as it is, the second is mirrored, all others are moved as well.
+    """
 
     def __init__(
         self,
@@ -108,6 +126,7 @@ class Lessons:
         device: torch.device,
         *,
         variants: int = 1,
+        misdrawn: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.data = data
@@ -116,23 +135,33 @@ class Lessons:
         self.text_encoder = text_encoder
         self.quantizer: MultiScaleQuantizer = vqvae.quantizer
         self.planner = Planner(data.records, text_encoder.words.tokenize, variants, seed)
+        self.misdrawing = Misdrawing(self.quantizer, maps, misdrawn)
+        self._seed = seed
         pictures = PictureStore(data.pictures, device)
         mirrorable = torch.tensor([may_be_mirrored(record) for record in data.records])
-        found = [encode_all(pictures, vqvae, maps)]
+        found = [encode_all(pictures, vqvae)]
         for variant in range(1, variants):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + variant)
-            moved = Moved(mirrorable, generator)
-            found.append(encode_all(pictures, vqvae, maps, moved))
-        self.tokens = torch.stack(found)
-        self._lengths = [h * w for h, w in maps]
+            found.append(encode_all(pictures, vqvae, Moved(mirrorable, generator, in_place=variant == 1)))
+        self.features = torch.stack(found)
 
     @torch.no_grad()
-    def lesson(self, plan: Plan) -> Lesson:
-        """Return what a plan is about."""
+    def lesson(self, plan: Plan, step: int | None = None, *, settled: bool = False) -> Lesson:
+        """Return what a plan is about; with wrong tokens on the way there where a step is given.
+
+        settled: no picture is moved, as none is in use.
+        """
+        chances = None
+        if step is not None and self.misdrawing.most > 0:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
+            chances = upload(self.misdrawing.chances(len(plan.pictures), generator), self.device)
         plan = Plan(*(upload(part, self.device) for part in plan))
-        tokens = self.tokens[plan.variants, plan.pictures]
-        inputs = self.quantizer.teacher_inputs(tokens.split(self._lengths, dim=1), self.maps)
-        return Lesson(tokens, inputs, self._text(plan))
+        variants = plan.variants % PLAIN_VARIANTS if settled else plan.variants
+        features = self.features[variants, plan.pictures].float()
+        shown = None if chances is None else self.misdrawing.of(chances)
+        quantized = self.quantizer.quantize(features, self.maps, shown)
+        inputs = self.quantizer.next_inputs(quantized.f_hats[:-1], self.maps)
+        return Lesson(torch.cat(quantized.tokens, dim=1), inputs, self._text(plan))
 
     def held_out(self, count: int) -> Lesson:
         """Return the first pictures of held-out pairs, not moved, with their plain captions."""
@@ -141,7 +170,8 @@ class Lessons:
     def _text(self, plan: Plan) -> TextStates:
         """Return text states cut to about the longest caption: equal to the padded ones, since CLIP looks back
         only and cross-attention masks the padding."""
-        states = self.text_encoder.model(input_ids=plan.ids, attention_mask=plan.mask.long())
+        # Without the mask, whose look for padding makes the host wait; CLIP ends a text by its last token.
+        states = self.text_encoder.model(input_ids=plan.ids)
         return TextStates(states.last_hidden_state.float(), plan.mask, states.pooler_output.float())
 
 
@@ -152,44 +182,49 @@ def may_be_mirrored(record: Record) -> bool:
 
 
 class Moved:
-    """Mirrors pictures (half of those that may be) and shifts each by whole pixels, on white.
+    """Mirrors pictures that may be, half of them or, where they stay in place, all; and shifts, turns and
+    resizes each a little, on white."""
 
-    Whole pixels, so that nothing is blurred; the tokens change all the same, since the token grid stays.
-    """
-
-    def __init__(self, mirrorable: Tensor, generator: torch.Generator) -> None:
+    def __init__(self, mirrorable: Tensor, generator: torch.Generator, *, in_place: bool = False) -> None:
         count = len(mirrorable)
-        self.mirrored = mirrorable & (torch.rand(count, generator=generator) < 0.5)
-        self.shifts = torch.randint(-LONGEST_SHIFT, LONGEST_SHIFT + 1, (count, 2), generator=generator)
+        self.mirrored = mirrorable & ((torch.rand(count, generator=generator) < 0.5) | in_place)
+        within = (2 * torch.rand(4, count, generator=generator) - 1) * (0.0 if in_place else 1.0)
+        self.shifts = within[:2].T * LONGEST_SHIFT
+        self.turns = within[2] * LONGEST_TURN
+        self.sizes = 1 + within[3] * LARGEST_GROWTH
 
     def __call__(self, pictures: Tensor, start: int) -> Tensor:
         """Return pictures (B, 3, H, W) in [-1, 1], numbers start.. of the set, moved."""
-        moved = torch.ones_like(pictures)
-        height, width = pictures.shape[2:]
-        for row, picture in enumerate(pictures):
-            if self.mirrored[start + row]:
-                picture = picture.flip(2)
-            down, right = (int(value) for value in self.shifts[start + row])
-            target = moved[row, :, max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
-            target.copy_(
-                picture[:, max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]
-            )
-        return moved
+        these = slice(start, start + len(pictures))
+        flip = torch.where(self.mirrored[these], -1.0, 1.0)
+        cos, sin = self.turns[these].cos(), self.turns[these].sin()
+        rows = [torch.stack([flip * cos, -flip * sin], dim=1), torch.stack([sin, cos], dim=1)]
+        linear = torch.stack(rows, dim=1) / self.sizes[these].view(-1, 1, 1)
+        # Coordinates run from -1 to 1: a side is 2.
+        matrices = torch.cat([linear, 2 * self.shifts[these].unsqueeze(2)], dim=2)
+        grid = F.affine_grid(upload(matrices, pictures.device), list(pictures.shape), align_corners=False)
+        # Zeros come in from outside: white, where white is 0.
+        moved = F.grid_sample(pictures - 1, grid, mode="bicubic", align_corners=False)
+        return (moved + 1).clamp(-1, 1)
 
 
 @torch.no_grad()
-def encode_all(
-    store: PictureStore, vqvae: VQVAE, maps: tuple[TokenMap, ...], moved: Moved | None = None
-) -> Tensor:
-    """Return the tokens (N, L) of all pictures, as they are or moved, on their device."""
+def encode_all(store: PictureStore, vqvae: VQVAE, moved: Moved | None = None) -> Tensor:
+    """Return the features (N, D, h, w) of all pictures, as they are or moved, in float16 on their device."""
     found = []
     for start in range(0, len(store), ENCODE_BATCH):
         pictures = store.take(slice(start, start + ENCODE_BATCH))
         if moved is not None:
             pictures = moved(pictures, start)
-        quantized = vqvae.quantizer.quantize(vqvae.encode(pictures), maps)
-        found.append(torch.cat(quantized.tokens, dim=1))
+        found.append(vqvae.encode(pictures).half())
     return torch.cat(found)
+
+
+@torch.no_grad()
+def all_tokens(features: Tensor, vqvae: VQVAE, maps: tuple[TokenMap, ...]) -> Tensor:
+    """Return the tokens (N, L) of features (N, D, h, w)."""
+    found = (vqvae.quantizer.quantize(few.float(), maps).tokens for few in features.split(ENCODE_BATCH))
+    return torch.cat([torch.cat(tokens, dim=1) for tokens in found])
 
 
 def window_positions(
@@ -211,6 +246,16 @@ def window_positions(
             grid = grid[top : top + rows, left : left + columns]
         chosen.append(grid.flatten())
     return torch.cat(chosen)
+
+
+def add_misdrawn_argument(parser: argparse.ArgumentParser) -> None:
+    """Add how many tokens are wrong on the way to a lesson."""
+    parser.add_argument(
+        "--misdrawn",
+        type=float,
+        default=0.0,
+        help="largest share of a picture's tokens that are shown wrong, for the next scales to make up for",
+    )
 
 
 def run_folder_file(folder: Path, name: str) -> Path:

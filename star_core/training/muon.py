@@ -37,13 +37,14 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay. For matrices (m, n) only.
 
-    Matrices of one shape go through the iteration together: a GPU would wait for each alone.
+    Matrices of one shape go through the iteration together: a GPU would wait for each alone. `lr` may be a
+    tensor of no axes on their device.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor],
-        lr: float,
+        lr: float | Tensor,
         *,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
@@ -74,5 +75,6 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         wanted = torch._foreach_lerp(gradients, momenta, group["momentum"])
         updates = orthogonalise(torch.stack(wanted), self.dtype).to(parameters[0].dtype)
+        # A rate may be a tensor, which a recorded step reads anew: no host looks at its value.
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * scale)
+        torch._foreach_sub_(parameters, list(updates * (group["lr"] * scale)))

@@ -15,7 +15,7 @@ from ..quantizer import MultiScaleQuantizer
 from ..request import ScaleStep
 from ..star import Options, Star
 
-BATCH = 64
+BATCH, BATCH_ON_A_GPU = 64, 512
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ def redraw_last_scales(
         raise ValueError(f"{schedule!r} draws smooth: a decoder needs a schedule that draws tokens")
     lengths = [h * w for h, w in maps[:given]]
     found = []
-    for start in range(0, len(tokens), BATCH):
-        rows = range(start, min(start + BATCH, len(tokens)))
+    batch = BATCH_ON_A_GPU if tokens.device.type == "cuda" else BATCH
+    for start in range(0, len(tokens), batch):
+        rows = range(start, min(start + batch, len(tokens)))
         own = tokens[rows.start : rows.stop, : sum(lengths)].split(lengths, dim=1)
         f_hats = quantizer.f_hats(own, maps) if given else ()
         prefix = tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,20 @@ from torch import Tensor, nn
 from ..config import TokenMap, VQVAEConfig, square_maps
 from ..evaluation.lpips import load_lpips
 from ..quantizer import Quantized
-from ..transfer import upload
 from ..vqvae import VQVAE
 from ..weights import save_vqvae
+from .discriminator import augmented
 from .emoji import EmojiSet
 from .packages import asset_path
+from .recorded import RecordedStep, recorder_for
 from .run import (
     Average,
     Checkpoint,
     PictureStore,
+    adamw,
     add_run_arguments,
+    operations_for,
+    placed,
     precision,
     rate_at,
     set_rate,
@@ -33,6 +38,9 @@ log = logging.getLogger(__name__)
 RESEED_EVERY = 100
 RESEED_UNTIL = 0.7
 QUANTIZER_WEIGHT = 0.5
+LPIPS_FROM = 100
+"""The step after which LPIPS looks at the pictures too."""
+LOSSES = ("l1", "vq", "lpips")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +81,9 @@ class Tokenizer:
         autocast: torch.autocast,
         perceptual_weight: float,
         perceptual_share: float,
+        operations: ModuleType = nn,
     ) -> None:
-        self.vqvae = VQVAE(config)
+        self.vqvae = VQVAE(config, operations=operations)
         # mypy knows no overload of Module.to for memory formats.
         self.vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         nn.init.normal_(self.vqvae.quantizer.codebook.weight, std=0.5)
@@ -85,8 +94,8 @@ class Tokenizer:
         self.perceptual_share = perceptual_share
         self.uses = torch.zeros(config.codebook_size)
 
-    def loss(self, pictures: Tensor, *, perceptual: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of pictures (B, 3, H, W) and its parts, all on the device."""
+    def loss(self, pictures: Tensor, *, perceptual: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the loss of pictures (B, 3, H, W) and its parts (LOSSES), all on the device."""
         with self.autocast:
             features = self.vqvae.encode(pictures)
         # Nearest codes are found, and f_hat is summed, in float32.
@@ -95,15 +104,15 @@ class Tokenizer:
             drawn = self.vqvae.decoder(self.vqvae.post_quant_conv(f_hat)).float()
         pixel = (drawn - pictures).abs().mean()
         loss = pixel + QUANTIZER_WEIGHT * vq
-        parts = {"l1": pixel.detach(), "vq": vq.detach()}
+        parts = [pixel.detach(), vq.detach()]
         if perceptual:
             few = max(1, int(pictures.shape[0] * self.perceptual_share))
             with self.autocast:
                 distance = self.perceptual(drawn[:few].clamp(-1, 1), pictures[:few]).float().mean()
             loss = loss + self.perceptual_weight * distance
-            parts["lpips"] = distance.detach()
+            parts.append(distance.detach())
         self._count(quantized)
-        return loss, parts
+        return loss, tuple(parts)
 
     def _count(self, quantized: Quantized) -> None:
         used = torch.cat([tokens.flatten() for tokens in quantized.tokens])
@@ -154,14 +163,16 @@ def run(args: argparse.Namespace) -> None:
     data = EmojiSet.load(args.data, args.size)
     train, held_out = data.indices("train"), data.indices("pairs")[:128]
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
-    trainer = Tokenizer(config, maps, perceptual, precision(args), args.perceptual, args.perceptual_share)
+    weights = args.perceptual, args.perceptual_share
+    trainer = Tokenizer(config, maps, perceptual, precision(args), *weights, operations_for(device))
     trainer.vqvae.to(device)
-    optimizer = torch.optim.AdamW(trainer.vqvae.parameters(), args.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = adamw(trainer.vqvae.parameters(), args.rate, device, betas=(0.9, 0.95), decay=0.01)
     average = Average(trainer.vqvae, 0.998)
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
         trainer.vqvae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        placed(optimizer, device)
         average.resume(state["average"], checkpoint.step)
     pictures_of = PictureStore(data.pictures, device)
     real = pictures_of.take(torch.from_numpy(held_out))
@@ -180,28 +191,32 @@ def run(args: argparse.Namespace) -> None:
         drawn = reconstruct(averaged, real, maps)
         log.info("step %d held-out PSNR %.2f dB", checkpoint.step, psnr(drawn, real))
 
+    def learn(pictures: Tensor, *, perceptual: bool) -> tuple[Tensor, ...]:
+        """Take in pictures (B, 3, H, W)."""
+        loss, parts = trainer.loss(pictures, perceptual=perceptual)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainer.vqvae.parameters(), 2.0)
+        optimizer.step()
+        return parts
+
+    learn_step = RecordedStep(learn, recorder_for(device))
     generator = torch.Generator().manual_seed(args.seed + checkpoint.step)
     for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
         step, done = checkpoint.step, checkpoint.done(args)
         if done >= 1:
             break
         set_rate(optimizer, rate_at(step, done, args.rate))
-        pictures = pictures_of.take(torch.from_numpy(train[batch.numpy()]))
-        flip = torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5
-        pictures = torch.where(upload(flip, device), pictures.flip(3), pictures)
-        pictures = pictures.to(memory_format=torch.channels_last)
-        loss, parts = trainer.loss(pictures, perceptual=step > 100)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trainer.vqvae.parameters(), 2.0)
-        optimizer.step()
+        pictures = augmented(pictures_of.take(torch.from_numpy(train[batch.numpy()])), generator)
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        parts = learn_step(pictures, perceptual=step > LPIPS_FROM)
         average.update(trainer.vqvae)
         checkpoint.step += 1
         # Early and often, then rarely: a codebook that starts dead stays dead otherwise.
         if (step in (10, 30, 60) or (step + 1) % RESEED_EVERY == 0) and done < RESEED_UNTIL:
             log.info("step %d: %d codes moved", step, trainer.reseed(pictures, generator))
         if step % args.log_every == 0:
-            shown = " ".join(f"{k} {v.item():.4g}" for k, v in parts.items())
+            shown = " ".join(f"{k} {v.item():.4g}" for k, v in zip(LOSSES, parts, strict=False))
             log.info("step %d %.0f s %s", step, checkpoint.total_seconds(), shown)
         if checkpoint.step % args.save_every == 0:
             save()

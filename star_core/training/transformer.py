@@ -19,20 +19,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
-from ..config import StarConfig, TransformerConfig, square_maps, token_count
+from ..config import StarConfig, TokenMap, TransformerConfig, square_maps, token_count
 from ..text_encoder import load_text_encoder
 from ..transfer import upload
-from ..transformer import Transformer
+from ..transformer import Places, Transformer
 from .emoji import EmojiSet
-from .lessons import Lesson, Lessons, run_folder_file, window_positions
+from .lessons import Lesson, Lessons, add_misdrawn_argument, run_folder_file, window_positions
 from .muon import Muon
+from .recorded import RecordedStep, recorder_for
 from .run import (
     Average,
     Checkpoint,
+    adamw,
     add_compile_argument,
     add_run_arguments,
     add_workers_argument,
     compile_blocks,
+    placed,
     precision,
     rate_at,
     set_rate,
@@ -41,9 +44,10 @@ from .run import (
 
 log = logging.getLogger(__name__)
 
-WINDOWED_SCALES = 2
 WHOLE_SHARE = 0.15
 """The last share of the steps trains on whole maps, as the model is used."""
+SETTLED_SHARE = 0.35
+"""The last share of the steps sees pictures where they are, not moved."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants",
         type=int,
         default=1,
-        help="renderings of each picture: as it is, then mirrored and shifted",
+        help="renderings of each picture: as it is, mirrored, then shifted, turned and resized a little",
     )
+    add_misdrawn_argument(parser)
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--width", type=int, default=256, help="heads have 64 each")
     parser.add_argument("--name", default="star-emoji-64")
@@ -69,12 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=float, default=0.6, help="share of each side that the window on the last scales has"
     )
     parser.add_argument(
+        "--windowed-scales", type=int, default=2, help="how many last scales are seen through the window"
+    )
+    parser.add_argument(
         "--start", type=Path, help="star.safetensors to go on from, where the run has no checkpoint yet"
     )
 
 
 def optimizers(
-    network: nn.Module, rate: float, *, muon_dtype: torch.dtype | None = None
+    network: nn.Module, args: argparse.Namespace, device: torch.device
 ) -> list[torch.optim.Optimizer]:
     """Return Muon over the blocks' matrices and AdamW over everything else."""
     matrices: list[nn.Parameter] = []
@@ -82,9 +90,10 @@ def optimizers(
     for name, parameter in network.named_parameters():
         inner = "blocks." in name and parameter.ndim == 2
         (matrices if inner else others).append(parameter)
+    dtype = torch.bfloat16 if args.bfloat16 else None
     return [
-        Muon(matrices, rate, weight_decay=0.05, dtype=muon_dtype),
-        torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.05),
+        placed(Muon(matrices, args.rate, weight_decay=0.05, dtype=dtype), device),
+        adamw(others, args.rate, device, betas=(0.9, 0.95), decay=0.05),
     ]
 
 
@@ -94,11 +103,18 @@ def attention_kernel(device: torch.device) -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
-def loss_of(transformer: Transformer, lesson: Lesson, lessons: Lessons, positions: Tensor | None) -> Tensor:
+def loss_of(
+    transformer: Transformer,
+    lesson: Lesson,
+    maps: tuple[TokenMap, ...],
+    positions: Tensor | None,
+    places: Places,
+) -> Tensor:
     """Return the cross-entropy in nats, averaged over the batch's tokens (at `positions`)."""
-    keys = transformer.text_keys(lesson.text.hidden, lesson.text.mask)
-    features = transformer(lesson.inputs, lesson.text.pooled, keys, lessons.maps, positions=positions)
-    wanted = lesson.tokens if positions is None else lesson.tokens[:, positions]
+    text = lesson.text
+    keys = transformer.text_keys(text.hidden, text.mask)
+    features = transformer(lesson.inputs, text.pooled, keys, maps, positions=positions, places=places)
+    wanted = lesson.tokens if positions is None else lesson.tokens.index_select(1, positions)
     return F.cross_entropy(transformer.logits(features).flatten(0, 1), wanted.flatten())
 
 
@@ -147,22 +163,50 @@ def run(args: argparse.Namespace) -> None:
     config = make_config(args, text_encoder.width, vqvae_file)
     data = EmojiSet.load(args.data, args.size)
     vqvae = load_vqvae(vqvae_file, device=device)
-    lessons = Lessons(data, vqvae, text_encoder, config.maps, device, variants=args.variants, seed=args.seed)
-    log.info("%d variants of %d pictures as %d tokens each", *lessons.tokens.shape)
+    lessons = Lessons(
+        data,
+        vqvae,
+        text_encoder,
+        config.maps,
+        device,
+        variants=args.variants,
+        misdrawn=args.misdrawn,
+        seed=args.seed,
+    )
+    log.info(
+        "%d renderings of %d pictures, %d tokens each", *lessons.features.shape[:2], token_count(config.maps)
+    )
     transformer = Transformer(config.transformer)
     transformer.initialise(torch.Generator().manual_seed(args.seed))
     if args.start is not None:
         start_from(transformer, args.start)
     transformer.to(device)
     compile_blocks(args, transformer.blocks)
-    made = optimizers(transformer, args.rate, muon_dtype=torch.bfloat16 if args.bfloat16 else None)
+    made = optimizers(transformer, args, device)
     average = Average(transformer, 0.998)
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
         transformer.load_state_dict(state["model"])
         for optimizer, stored in zip(made, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
+            placed(optimizer, device)
         average.resume(state["average"], checkpoint.step)
+    places = transformer.places(config.maps, device)
+
+    def learn(*batch: Tensor) -> tuple[Tensor, ...]:
+        """Take in a lesson's tensors, and the positions (K,) that are seen of it, all where there are none."""
+        lesson, window = Lesson.of(batch)
+        with precision(args), attention_kernel(device):
+            loss = loss_of(transformer, lesson, config.maps, window[0] if window else None, places)
+        for optimizer in made:
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(transformer.parameters(), 2.0)
+        for optimizer in made:
+            optimizer.step()
+        return (loss.detach(),)
+
+    learn_step = RecordedStep(learn, recorder_for(device))
 
     def save() -> None:
         averaged = export(average, config, args.run)
@@ -188,25 +232,19 @@ def run(args: argparse.Namespace) -> None:
         step, done = checkpoint.step, checkpoint.done(args)
         if done >= 1:
             break
-        lesson = lessons.lesson(plan)
-        positions = None
+        lesson = lessons.lesson(plan, step, settled=done >= 1 - SETTLED_SHARE)
+        windows = []
         if done < 1 - WHOLE_SHARE:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            window = window_positions(config.maps, WINDOWED_SCALES, args.window, generator)
-            positions = upload(window, device)
-        with precision(args), attention_kernel(device):
-            loss = loss_of(transformer, lesson, lessons, positions)
+            window = window_positions(config.maps, args.windowed_scales, args.window, generator)
+            windows.append(upload(window, device))
         for optimizer in made:
             set_rate(optimizer, rate_at(step, done, args.rate))
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(transformer.parameters(), 2.0)
-        for optimizer in made:
-            optimizer.step()
+        (loss,) = learn_step(*lesson.tensors(), *windows)
         average.update(transformer)
         checkpoint.step += 1
         if step % args.log_every == 0:
-            tokens = token_count(config.maps) if positions is None else len(positions)
+            tokens = len(windows[0]) if windows else token_count(config.maps)
             log.info(
                 "step %d %.0f s loss %.3f (%d tokens)",
                 step,

@@ -15,6 +15,7 @@ from star_core.training.discriminator import (
     adaptive_weight,
     augmented,
     discriminator_loss,
+    drawn_places,
     generator_loss,
     network_features,
 )
@@ -67,7 +68,10 @@ def test_its_gradient_makes_pictures_more_convincing_once_its_head_start_is_over
     for step in range(41):
         sharp = torch.rand(8, 3, 32, 32, generator=generator).round() * 2 - 1
         blurred = F.avg_pool2d(sharp, 5, stride=1, padding=2).requires_grad_(True)
-        push, loss = adversary.step(blurred, sharp, generator)
+        assert adversary.ready == (step >= 40)
+        places = tuple(drawn_places(8, (32, 32), generator) for _ in range(2))
+        push, loss = adversary.step(blurred, sharp, places, ready=adversary.ready)
+        adversary.steps += 1
         assert (push is None) == (step < 40)
     assert not loss.requires_grad
     assert push is not None

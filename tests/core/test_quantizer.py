@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from star_core.quantizer import MultiScaleQuantizer, Phi, phi_index
+from star_core.quantizer import MultiScaleQuantizer, Phi, enlarged_by_products, phi_index
 
 RECTANGLES = ((1, 1), (2, 3), (3, 4), (4, 6))
 
@@ -184,3 +184,12 @@ def test_features_are_not_edited_in_place(quantizer: MultiScaleQuantizer):
     f_hats = [f.clone() for f in quantized.f_hats]
     quantizer.next_input(quantized.f_hats[0], (2, 3))
     assert all(torch.equal(a, b) for a, b in zip(f_hats, quantized.f_hats, strict=True))
+
+
+@pytest.mark.parametrize("before", [(1, 1), (2, 3), (5, 4), (13, 10)])
+def test_products_resize_as_bicubic_interpolation_does(before):
+    codes = torch.randn(3, 4, *before, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(codes, size=(16, 12), mode="bicubic")
+    torch.testing.assert_close(enlarged_by_products(codes, (16, 12)), expected, atol=2e-6, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(enlarged_by_products(codes, (16, 12)), expected, atol=2e-6, rtol=1e-5)

@@ -264,15 +264,23 @@ def test_pictures_drawn_whole_are_judged_and_not_compared(data, tokenizer_run, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "distances", counting)
         patch.setattr(decoder, "decoded", watched)
-        patch.setattr(decoder.torch, "randint", lambda high, size, generator: torch.full(size, high - 1))
         train(decoder, tmp_path / "whole", data, *options, steps=1)
-    # Of the four, one shows its own tokens, so that there is something to compare.
-    assert compared == [1]
+    # Of the four, two show their own tokens: one version of two is drawn whole.
+    assert compared == [2]
     distance, push, whole = gradients[0], gradients[1], gradients[-1]
-    assert distance[0].abs().sum() > 0
-    assert distance[1:].abs().sum() == 0
+    assert all(one.abs().sum() > 0 for one in distance[:2])
+    assert distance[2:].abs().sum() == 0
     assert all(one.abs().sum() > 0 for one in push)
     assert all(one.abs().sum() > 0 for one in whole)
+
+
+def test_every_version_is_seen_and_those_to_be_compared_come_first():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([decoder.mixed_versions([True, True, False], 4, 6, generator) for _ in range(50)])
+    assert drawn.shape == (50, 6)
+    assert set(drawn[:, :4].flatten().tolist()) == {0, 1}
+    assert set(drawn[:, 4:].flatten().tolist()) == {2}
+    assert set(decoder.mixed_versions([True], 3, 3, generator).tolist()) == {0}
 
 
 def test_a_decoder_run_from_before_there_were_versions_goes_on(data, tokenizer_run, tmp_path):

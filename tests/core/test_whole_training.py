@@ -156,12 +156,12 @@ def test_time_is_shared_and_a_gpu_gets_its_batches():
     assert sum(stage.share for stage in all_stages.STAGES) == pytest.approx(1)
     parser = argparse.ArgumentParser()
     all_stages.add_arguments(parser)
-    for device, batch, workers in (("cpu", "16", False), ("cuda", "512", True)):
+    for device, batch, workers in (("cpu", "16", False), ("cuda", "256", True)):
         args = parser.parse_args(["--run", "x", "--minutes", "10", "--device", device])
         plan = {stage.name: options for stage, options in all_stages.plan(args)}
         options = plan["tokenizer"]
         assert options[options.index("--batch") + 1] == batch
-        assert options[options.index("--time-limit") + 1] == "210"
+        assert options[options.index("--time-limit") + 1] == "150"
         assert ("--workers" in plan["transformer"]) == workers
 
 
