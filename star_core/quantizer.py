@@ -22,8 +22,8 @@ from .config import TokenMap
 PHI_COUNT = 4
 PHI_RATIO = 0.5
 COMMITMENT = 0.25
-BATCH_OF_PRODUCTS = 32
-"""Pictures from which on a GPU resizes token maps by products: only trainings have as many."""
+BATCH_OF_PRODUCTS = 128
+"""Pictures from which on a GPU resizes token maps by products: trainings have as many, drawings seldom."""
 
 
 def phi_index(scale: int, scales: int) -> int:

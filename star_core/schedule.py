@@ -431,7 +431,8 @@ def _expected_scales(lines: list[_Line], scales: int | None, *, stretch: bool) -
     if scales is not None:
         return scales
     raise ScheduleError(
-        "the schedule does not say how many scales it has: add a `maps` line, as in `maps 1 2 4 6 10 16`"
+        "the schedule does not say how many scales it has: add a `maps` line, as in"
+        " `maps 1 2 3 4 5 6 8 10 13 16`"
     )
 
 

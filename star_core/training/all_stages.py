@@ -49,13 +49,14 @@ class Stage:
 
 
 STAGES = (
-    Stage("tokenizer", 0.25, 16, 256),
-    Stage("transformer", 0.50, 48, 512),
-    Stage("causal_sampler", 0.08, 24, 256),
-    Stage("decoder", 0.17, 16, 128),
+    Stage("tokenizer", 0.30, 16, 128),
+    Stage("transformer", 0.55, 48, 256),
+    Stage("causal_sampler", 0.03, 24, 256),
+    Stage("decoder", 0.12, 16, 128),
 )
 """A GPU does next to nothing with the CPU's batches (NOTES.md)."""
-RENDERINGS_ON_A_CPU, RENDERINGS_ON_A_GPU = 4, 12
+CORRUPTION = 0.3
+"""The largest share of a picture's tokens that a lesson shows wrong."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +125,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for what a late stage would refuse."""
     if math.isinf(args.minutes):
         raise ValueError("--minutes inf would never end: give a number")
+    if len(args.sides) < 2:
+        raise ValueError("--sides: a model draws 2 scales or more")
     schedule = read_schedule(args.schedule, square_maps(args.sides))
     if any(policy.smooth for policy in schedule.scales):
         raise ValueError(f"--schedule {args.schedule!r} draws smooth: the decoder learns from drawn tokens")
@@ -133,10 +136,24 @@ def check(args: argparse.Namespace) -> None:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).partition(chr(10))[0]}") from None
+    for stage, options in plan(args):
+        if getattr(_parsed(stage, options)[1], "compile", False):
+            _check_compiler(args.device)
     try:
         args.run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--run {args.run} can be no folder: {error.strerror}") from None
+
+
+def _check_compiler(device: str) -> None:
+    """Raise ValueError where torch.compile makes no code for a device: it needs Triton and a C compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # whatever the compilers say
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f'blocks cannot be compiled here ({said}): give --transformer="--no-compile", which takes longer'
+        ) from None
 
 
 def _check_begun(folder: Path, options: list[str]) -> None:
@@ -166,14 +183,27 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[Stage, list[str]]]:
     packages = ["--packages", str(args.packages)]
     text = ["--text", str(args.text)]
     ahead = ["--workers", str(min(8, os.cpu_count() or 1))] if gpu else []
-    variants = str(RENDERINGS_ON_A_GPU if gpu else RENDERINGS_ON_A_CPU)
     lpips = ["--perceptual", "1", *(["--perceptual-share", "1"] if gpu else [])]
+    corruption = ["--corruption", str(CORRUPTION)]
+    # What the shipped model was made with, and for a CPU what its memory and its smaller batches ask for.
+    learning = ["--variants", "12", "--rate", "2.5e-3", "--compile"] if gpu else ["--variants", "4"]
+    redrawing = ["--rate", "1e-3", "--head-start", "150"] if gpu else []
     tokens = ["--tokenizer-run", runs["tokenizer"]]
-    redraw = ["--redrawn", "1", str(len(args.sides)), "--adversarial", "0.4"]
+    redraw = [
+        "--redrawn",
+        str(min(2, len(args.sides) - 1)),
+        str(len(args.sides)),
+        "--adversarial",
+        "0.4",
+        *redrawing,
+    ]
     own = {
         "tokenizer": [*sides, *packages, *lpips],
-        "transformer": [*sides, *tokens, *text, *ahead, "--variants", variants, "--name", args.name],
-        "causal_sampler": [*tokens, *text, *ahead, "--variants", "2", "--transformer-run", runs["transformer"]],
+        "transformer": [*sides, *tokens, *text, *ahead, *corruption, *learning, "--name", args.name],
+        "causal_sampler": [
+            *(*tokens, *text, *ahead, *corruption, "--variants", "2"),
+            *("--transformer-run", runs["transformer"]),
+        ],
         "decoder": [
             *(*sides, *tokens, *text, *packages, *redraw, *lpips),
             *("--model", str(Path(runs["causal_sampler"]) / STAR_FILE), "--schedule", args.schedule),

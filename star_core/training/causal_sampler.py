@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..causal_sampler import CausalSampler
 from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
@@ -28,7 +28,7 @@ from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Transformer
 from .emoji import EmojiSet
-from .lessons import Lesson, Lessons, add_misdrawn_argument, run_folder_file
+from .lessons import PLAIN_VARIANTS, Lesson, Lessons, add_corruption_argument, run_folder_file
 from .recorded import RecordedStep, recorder_for
 from .run import (
     Average,
@@ -37,9 +37,10 @@ from .run import (
     add_run_arguments,
     add_workers_argument,
     compile_blocks,
-    placed,
+    descend,
     precision,
     rate_at,
+    restore,
     set_rate,
     shuffled_batches,
 )
@@ -63,10 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transformer-run", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
     parser.add_argument(
-        "--variants", type=int, default=1, help="renderings of each picture: as it is, then mirrored"
+        "--variants",
+        type=int,
+        default=1,
+        help="renderings of each picture: as it is, then mirrored; more are not for this stage",
     )
-    add_misdrawn_argument(parser)
-    parser.add_argument("--sampler-depth", type=int, default=3)
+    add_corruption_argument(parser)
+    parser.add_argument("--sampler-depth", type=int, default=2)
     parser.add_argument(
         "--schedule", help="the checkpoint's own schedule, by name or text (default: the transformer's)"
     )
@@ -155,8 +159,8 @@ def run(args: argparse.Namespace) -> None:
         text_encoder,
         config.maps,
         device,
-        variants=args.variants,
-        misdrawn=args.misdrawn,
+        variants=min(args.variants, PLAIN_VARIANTS),
+        corruption=args.corruption,
         seed=args.seed,
     )
     teaching = SamplerLessons(networks.transformer, lessons)
@@ -168,10 +172,7 @@ def run(args: argparse.Namespace) -> None:
     average = Average(sampler, 0.998)
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
-        sampler.load_state_dict(state["model"])
-        for optimizer, stored in zip(made, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
-            placed(optimizer, device)
+        restore(sampler, made, state, args.run)
         average.resume(state["average"], checkpoint.step)
 
     def save() -> None:
@@ -190,12 +191,7 @@ def run(args: argparse.Namespace) -> None:
         lesson, known = Lesson.of(batch)
         with precision(args), attention_kernel(device):
             loss = teaching.loss(sampler, lesson, known)
-        for optimizer in made:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(sampler.parameters(), 2.0)
-        for optimizer in made:
-            optimizer.step()
+        descend(loss, sampler, made)
         return (loss.detach(),)
 
     learn_step = RecordedStep(learn, recorder_for(device))

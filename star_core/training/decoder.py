@@ -24,8 +24,9 @@ from ..evaluation.lpips import load_lpips
 from ..star import Star, load
 from ..transfer import upload
 from ..vqvae import VQVAE
+from .augmentation import pixel_sources
 from .captions import plain_caption
-from .discriminator import Adversary, adaptive_weight, drawn_places
+from .discriminator import Adversary, adaptive_weight
 from .emoji import EmojiSet
 from .lessons import all_tokens, encode_all, run_folder_file
 from .packages import asset_path
@@ -38,9 +39,9 @@ from .run import (
     adamw,
     add_run_arguments,
     operations_for,
-    placed,
     precision,
     rate_at,
+    restore,
     set_rate,
     shuffled_batches,
 )
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--packages", type=Path, default=Path("build/packages"))
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 4, 6, 10, 16])
+    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
     parser.add_argument("--tokenizer-run", type=Path, required=True)
     add_perceptual_argument(parser)
     parser.add_argument(
@@ -241,15 +242,14 @@ def run(args: argparse.Namespace) -> None:
     adversary = Adversary(perceptual, args.head_start, device) if args.adversarial else None
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
-        vqvae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        placed(optimizer, device)
+        restore(vqvae, [optimizer], {**state, "optimizers": [state["optimizer"]]}, args.run)
         average.resume(state["average"], checkpoint.step)
         resume_adversary(args, adversary, state)
     own = tokens[upload(train, device)]
     comparable = [True, *(count < len(maps) for count in redrawn_scales(args))]
-    # As many of each batch as there are such versions, so that all batches are of one shape.
+    # The same share of every batch, so that all are of one shape, and of each kind at least one.
     compared = math.ceil(args.batch * sum(comparable) / len(comparable))
+    compared = max(1, min(compared, args.batch - (not all(comparable))))
     if state is not None:
         versions = stored_versions(args, state, own)
     else:
@@ -276,15 +276,15 @@ def run(args: argparse.Namespace) -> None:
         save()  # redrawing took a while
     del star
 
-    def learn(real: Tensor, seen: Tensor, *places: Tensor, ready: bool) -> tuple[Tensor, ...]:
-        """Take in pictures (B, 3, H, W) and tokens (B, L), of which the first `compared` are to give them."""
+    def learn(real: Tensor, seen: Tensor, *sources: Tensor, ready: bool) -> tuple[Tensor, ...]:
+        """Take in pictures (B, 3, H, W) and tokens (B, L), the first `compared` of which are to become them."""
         made = decoded(vqvae, seen, lengths, args.sides, precision(args))
         with precision(args):
             l1, lpips = distances(made[:compared], real[:compared], perceptual, args.perceptual_share)
         (pull,) = torch.autograd.grad(l1 + args.perceptual * lpips, made)
         told_apart = torch.zeros((), device=device)
         if adversary is not None:
-            push, told_apart = adversary.step(made, real, (places[0], places[1]), ready=ready)
+            push, told_apart = adversary.step(made, real, (sources[0], sources[1]), ready=ready)
             if push is not None:
                 pull = pull + args.adversarial * adaptive_weight(made, pull, push, last_layer) * push
         optimizer.zero_grad()
@@ -303,12 +303,12 @@ def run(args: argparse.Namespace) -> None:
         version = mixed_versions(comparable, compared, len(batch), generator)
         real = pictures_of.take(train[batch])
         seen = versions[upload(version, device), upload(batch, device)]
-        places, ready = [], False
+        sources, ready = [], False
         if adversary is not None:
-            drawn = (drawn_places(len(batch), real.shape[2:], generator) for _ in range(2))
-            places, ready = [upload(each, device) for each in drawn], adversary.ready
+            drawn = (pixel_sources(len(batch), real.shape[2:], generator) for _ in range(2))
+            sources, ready = [upload(each, device) for each in drawn], adversary.ready
             adversary.steps += 1
-        losses = learn_step(real, seen, *places, ready=ready)
+        losses = learn_step(real, seen, *sources, ready=ready)
         average.update(vqvae)
         checkpoint.step += 1
         if step % args.log_every == 0:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..transfer import upload
-from .run import adamw, placed
+from .augmentation import gathered
+from .run import adamw, recordable
 
 RATE = 1e-3
 """Of its optimizer: a few times the decoder's, since the heads are new when the decoder is not."""
@@ -24,10 +24,6 @@ SLOPE = 0.2
 LARGEST_WEIGHT = 100.0
 ENLARGED = 2
 """How many times larger the network sees a picture: AlexNet's first convolution has a stride of four pixels."""
-LONGEST_SHIFT = 0.125
-"""Of a side: how far pictures are shifted, so that no picture is learnt by heart."""
-BACKGROUND = 1.0
-"""What a shift brings in: white, on which the training pictures are drawn."""
 LEAST_LENGTH = 1e-2
 """Feature vectors shorter than it are not normalised: their direction means nothing, its gradient is huge."""
 
@@ -88,7 +84,7 @@ class Adversary:
         """Go on from a stored state."""
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
-        placed(self.optimizer, self.device)
+        recordable(self.optimizer, self.device)
         self.steps = state["steps"]
 
     @property
@@ -97,20 +93,20 @@ class Adversary:
         return self.steps >= self.head_start
 
     def step(
-        self, made: Tensor, real: Tensor, places: tuple[Tensor, Tensor], *, ready: bool
+        self, made: Tensor, real: Tensor, sources: tuple[Tensor, Tensor], *, ready: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """Learn from drawn and real pictures (B, 3, H, W), seen by way of `places` (`drawn_places`).
+        """Learn from drawn and real pictures (B, 3, H, W), seen by way of `sources` (`pixel_sources`).
 
         Returns the gradient of the generator loss on the drawn ones, as the discriminator was before, None
         where it is not `ready`; and its own loss.
         """
-        drawn_features = self._features(made if ready else made.detach(), places[0])
+        drawn_features = self._features(made if ready else made.detach(), sources[0])
         push = None
         if ready:
             loss = generator_loss(self.discriminator(drawn_features))
             (push,) = torch.autograd.grad(loss, made)
         with torch.no_grad():
-            real_features = self._features(real, places[1])
+            real_features = self._features(real, sources[1])
         own_loss = discriminator_loss(
             self.discriminator(real_features), self.discriminator([seen.detach() for seen in drawn_features])
         )
@@ -119,8 +115,8 @@ class Adversary:
         self.optimizer.step()
         return push, own_loss.detach()
 
-    def _features(self, pictures: Tensor, places: Tensor) -> list[Tensor]:
-        return network_features(self.network, moved_to(pictures.clamp(-1, 1), places))
+    def _features(self, pictures: Tensor, sources: Tensor) -> list[Tensor]:
+        return network_features(self.network, gathered(pictures.clamp(-1, 1), sources))
 
 
 def network_features(network: FeatureNetwork, pictures: Tensor) -> list[Tensor]:
@@ -129,41 +125,6 @@ def network_features(network: FeatureNetwork, pictures: Tensor) -> list[Tensor]:
     enlarged = F.interpolate(pictures, scale_factor=ENLARGED, mode="bilinear", align_corners=False)
     found = network.features(enlarged)
     return [F.normalize(seen, dim=1, eps=LEAST_LENGTH) * seen.shape[1] ** 0.5 for seen in found]
-
-
-def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Return pictures (B, 3, H, W), each mirrored or not and shifted by whole pixels."""
-    places = drawn_places(len(pictures), pictures.shape[2:], generator)
-    return moved_to(pictures, upload(places, pictures.device))
-
-
-def drawn_places(count: int, sides: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Return where each pixel of `count` pictures of these sides (height, width) comes from, (B, 1, H * W), on
-    the CPU: its number in a picture with a margin."""
-    height, width = sides
-    reach = _reach(sides)
-    down, right = (torch.randint(2 * r + 1, (count, 1), generator=generator) for r in reach)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    across = torch.arange(width).expand(count, width)
-    columns = right + torch.where(mirrored, across.flip(1), across)
-    rows = down + torch.arange(height)
-    padded_width = width + 2 * reach[1]
-    return (rows.unsqueeze(2) * padded_width + columns.unsqueeze(1)).view(count, 1, -1)
-
-
-def moved_to(pictures: Tensor, places: Tensor) -> Tensor:
-    """Return pictures (B, C, H, W) with the pixels at `places` (B, 1, H * W), on white.
-
-    As DiffAugment does (arXiv 2006.10738): gradients pass, and both kinds of pictures are treated alike.
-    """
-    reach = _reach(pictures.shape[2:])
-    padded = F.pad(pictures, (reach[1], reach[1], reach[0], reach[0]), value=BACKGROUND)
-    every = places.expand(-1, pictures.shape[1], -1)
-    return padded.flatten(2).gather(2, every).view(pictures.shape)
-
-
-def _reach(sides: Sequence[int]) -> list[int]:
-    return [max(1, int(side * LONGEST_SHIFT)) for side in sides]
 
 
 def discriminator_loss(real: Sequence[Tensor], drawn: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -21,19 +19,20 @@ from ..quantizer import MultiScaleQuantizer
 from ..text_encoder import TextEncoder, TextStates
 from ..transfer import upload
 from ..vqvae import VQVAE
+from .augmentation import Moved, may_be_mirrored
 from .captions import plain_caption, random_caption
 from .emoji import EmojiSet, Record
-from .misdrawn import Misdrawing
-from .run import PictureStore
+from .run import PictureStore, generator_of, share
+from .self_correction import TokenCorruption
 
 ENCODE_BATCH = 256
 PROMPT_DROPOUT = 0.1
+CORRUPTION = 2
+"""What of a step's random numbers are for."""
 PLAIN_VARIANTS = 2
 """The first renderings, which are not moved: as it is, and mirrored."""
 LENGTH_STEP = 32
 """Batches of captions are cut to multiples of it: compiled and recorded code has one version per length."""
-LONGEST_SHIFT, LONGEST_TURN, LARGEST_GROWTH = 1 / 12, math.radians(8), 0.1
-"""How a picture is moved at most: shares of its side, an angle, and a share of its size, up or down."""
 
 
 class Plan(NamedTuple):
@@ -126,7 +125,7 @@ class Lessons:
         device: torch.device,
         *,
         variants: int = 1,
-        misdrawn: float = 0.0,
+        corruption: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.data = data
@@ -135,7 +134,7 @@ class Lessons:
         self.text_encoder = text_encoder
         self.quantizer: MultiScaleQuantizer = vqvae.quantizer
         self.planner = Planner(data.records, text_encoder.words.tokenize, variants, seed)
-        self.misdrawing = Misdrawing(self.quantizer, maps, misdrawn)
+        self.corruption = TokenCorruption(self.quantizer, maps, corruption)
         self._seed = seed
         pictures = PictureStore(data.pictures, device)
         mirrorable = torch.tensor([may_be_mirrored(record) for record in data.records])
@@ -149,16 +148,16 @@ class Lessons:
     def lesson(self, plan: Plan, step: int | None = None, *, settled: bool = False) -> Lesson:
         """Return what a plan is about; with wrong tokens on the way there where a step is given.
 
-        settled: no picture is moved, as none is in use.
+        settled: in the renderings that stay in place alone.
         """
         chances = None
-        if step is not None and self.misdrawing.most > 0:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
-            chances = upload(self.misdrawing.chances(len(plan.pictures), generator), self.device)
+        if step is not None and self.corruption.most > 0:
+            generator = generator_of(self._seed, step, CORRUPTION)
+            chances = upload(self.corruption.chances(len(plan.pictures), generator), self.device)
         plan = Plan(*(upload(part, self.device) for part in plan))
         variants = plan.variants % PLAIN_VARIANTS if settled else plan.variants
         features = self.features[variants, plan.pictures].float()
-        shown = None if chances is None else self.misdrawing.of(chances)
+        shown = None if chances is None else self.corruption.of(chances)
         quantized = self.quantizer.quantize(features, self.maps, shown)
         inputs = self.quantizer.next_inputs(quantized.f_hats[:-1], self.maps)
         return Lesson(torch.cat(quantized.tokens, dim=1), inputs, self._text(plan))
@@ -173,39 +172,6 @@ class Lessons:
         # Without the mask, whose look for padding makes the host wait; CLIP ends a text by its last token.
         states = self.text_encoder.model(input_ids=plan.ids)
         return TextStates(states.last_hidden_state.float(), plan.mask, states.pooler_output.float())
-
-
-def may_be_mirrored(record: Record) -> bool:
-    """Whether a picture is still what its caption says when left and right change places."""
-    told_apart = re.search(r"left|right|clock|east|west", record.label)
-    return told_apart is None and record.group not in ("symbols", "flags")
-
-
-class Moved:
-    """Mirrors pictures that may be, half of them or, where they stay in place, all; and shifts, turns and
-    resizes each a little, on white."""
-
-    def __init__(self, mirrorable: Tensor, generator: torch.Generator, *, in_place: bool = False) -> None:
-        count = len(mirrorable)
-        self.mirrored = mirrorable & ((torch.rand(count, generator=generator) < 0.5) | in_place)
-        within = (2 * torch.rand(4, count, generator=generator) - 1) * (0.0 if in_place else 1.0)
-        self.shifts = within[:2].T * LONGEST_SHIFT
-        self.turns = within[2] * LONGEST_TURN
-        self.sizes = 1 + within[3] * LARGEST_GROWTH
-
-    def __call__(self, pictures: Tensor, start: int) -> Tensor:
-        """Return pictures (B, 3, H, W) in [-1, 1], numbers start.. of the set, moved."""
-        these = slice(start, start + len(pictures))
-        flip = torch.where(self.mirrored[these], -1.0, 1.0)
-        cos, sin = self.turns[these].cos(), self.turns[these].sin()
-        rows = [torch.stack([flip * cos, -flip * sin], dim=1), torch.stack([sin, cos], dim=1)]
-        linear = torch.stack(rows, dim=1) / self.sizes[these].view(-1, 1, 1)
-        # Coordinates run from -1 to 1: a side is 2.
-        matrices = torch.cat([linear, 2 * self.shifts[these].unsqueeze(2)], dim=2)
-        grid = F.affine_grid(upload(matrices, pictures.device), list(pictures.shape), align_corners=False)
-        # Zeros come in from outside: white, where white is 0.
-        moved = F.grid_sample(pictures - 1, grid, mode="bicubic", align_corners=False)
-        return (moved + 1).clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -248,11 +214,11 @@ def window_positions(
     return torch.cat(chosen)
 
 
-def add_misdrawn_argument(parser: argparse.ArgumentParser) -> None:
+def add_corruption_argument(parser: argparse.ArgumentParser) -> None:
     """Add how many tokens are wrong on the way to a lesson."""
     parser.add_argument(
-        "--misdrawn",
-        type=float,
+        "--corruption",
+        type=share,
         default=0.0,
         help="largest share of a picture's tokens that are shown wrong, for the next scales to make up for",
     )

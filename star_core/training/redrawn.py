@@ -16,6 +16,7 @@ from ..request import ScaleStep
 from ..star import Options, Star
 
 BATCH, BATCH_ON_A_GPU = 64, 512
+"""Pictures drawn at once."""
 
 log = logging.getLogger(__name__)
 

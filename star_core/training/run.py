@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,8 @@ from ..transfer import upload
 from ..weights import read_pickle
 
 log = logging.getLogger(__name__)
+
+LARGEST_GRADIENT = 2.0
 
 
 def _positive(text: str) -> int:
@@ -40,6 +42,24 @@ def positive_time(text: str) -> float:
     if not found > 0:
         raise argparse.ArgumentTypeError(f"{text} leaves no time: give more than 0")
     return found
+
+
+def share(text: str) -> float:
+    """Return an option's share. Raises argparse.ArgumentTypeError for one that is not from 0 to below 1."""
+    try:
+        found = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+    if not 0 <= found < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: give 0 to below 1")
+    return found
+
+
+def number_of_scales(text: str) -> int:
+    """Return an option's number of scales. Raises argparse.ArgumentTypeError for one below 0."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is no number of scales: give 0 or more")
+    return number
 
 
 def training_seed(text: str) -> int:
@@ -64,7 +84,8 @@ def add_compile_argument(parser: argparse.ArgumentParser) -> None:
     """Add whether the blocks' operations are fused."""
     parser.add_argument(
         "--compile",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="fuse the blocks' operations with torch.compile; on a CPU it needs a C++ compiler",
     )
 
@@ -120,9 +141,11 @@ def rate_at(step: int, done: float, peak: float, *, warmup: int = 100, decay: fl
     return peak * rise * (0.02 + 0.98 * fall)
 
 
-class HalfGroupNorm(nn.GroupNorm):
-    """Group normalisation in its input's precision, with statistics in float32: autocast would make all of it
-    float32, twice the bytes of what is most of a step of the VQ-VAE on a GPU."""
+class OwnPrecisionGroupNorm(nn.GroupNorm):
+    """Group normalisation in its input's precision, with statistics in float32.
+
+    Autocast would make all of it float32, twice the bytes of what is most of a step of the VQ-VAE on a GPU.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to (B, C, h, w)."""
@@ -136,7 +159,7 @@ def operations_for(device: torch.device) -> ModuleType:
     if device.type != "cuda":
         return nn
     layers = ModuleType("layers")
-    vars(layers).update(vars(nn) | {"GroupNorm": HalfGroupNorm})
+    vars(layers).update(vars(nn) | {"GroupNorm": OwnPrecisionGroupNorm})
     return layers
 
 
@@ -226,6 +249,12 @@ def shuffled_batches(count: int, batch: int, seed: int, first_step: int) -> Iter
             step += 1
 
 
+def generator_of(seed: int, step: int, purpose: int) -> torch.Generator:
+    """Return the random numbers of a run's step for one purpose of several, whatever was drawn before."""
+    (number,) = np.random.SeedSequence([seed, step, purpose]).generate_state(1)
+    return torch.Generator().manual_seed(int(number))
+
+
 class PictureStore:
     """All pictures, uint8 (N, H, W, 3), on the device that trains: a step copies none over."""
 
@@ -248,13 +277,13 @@ def adamw(
     """Return AdamW, whose steps can be recorded on a GPU."""
     on_gpu = device.type == "cuda"
     made = torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=decay, capturable=on_gpu)
-    return placed(made, device)
+    return recordable(made, device)
 
 
 Made = TypeVar("Made", bound=torch.optim.Optimizer)
 
 
-def placed(optimizer: Made, device: torch.device) -> Made:
+def recordable(optimizer: Made, device: torch.device) -> Made:
     """Return an optimizer, new or loaded, with what changes from step to step where a recorded step reads it:
     rates and numbers of steps in tensors on a GPU."""
     on_gpu = device.type == "cuda"
@@ -267,6 +296,37 @@ def placed(optimizer: Made, device: torch.device) -> Made:
         if "step" in state:
             state["step"] = state["step"].to(device)
     return optimizer
+
+
+def restore(
+    network: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any], folder: Path
+) -> None:
+    """Go on from the "model" and "optimizers" of a checkpoint of the run in `folder`, on the network's device.
+
+    Raises ValueError for one of another network.
+    """
+    try:
+        network.load_state_dict(state["model"])
+    except RuntimeError as error:
+        difference = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(
+            f"the run in {folder} was begun with a network of other sizes ({difference}): give the options that"
+            " it began with, or another --run"
+        ) from None
+    device = next(network.parameters()).device
+    for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(stored)
+        recordable(optimizer, device)
+
+
+def descend(loss: Tensor, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Make a step down a loss's gradient, whose norm is cut to LARGEST_GRADIENT."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), LARGEST_GRADIENT)
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

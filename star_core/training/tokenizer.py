@@ -15,7 +15,7 @@ from ..evaluation.lpips import load_lpips
 from ..quantizer import Quantized
 from ..vqvae import VQVAE
 from ..weights import save_vqvae
-from .discriminator import augmented
+from .augmentation import augmented
 from .emoji import EmojiSet
 from .packages import asset_path
 from .recorded import RecordedStep, recorder_for
@@ -25,10 +25,11 @@ from .run import (
     PictureStore,
     adamw,
     add_run_arguments,
+    descend,
     operations_for,
-    placed,
     precision,
     rate_at,
+    restore,
     set_rate,
     shuffled_batches,
 )
@@ -49,12 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--packages", type=Path, default=Path("build/packages"))
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 4, 6, 10, 16])
+    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
     parser.add_argument("--channels", type=int, default=32, help="base channels")
     parser.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--residual-blocks", type=int, default=1)
     parser.add_argument("--norm-groups", type=int, default=8)
-    parser.add_argument("--codebook", type=int, default=1024)
+    parser.add_argument("--codebook", type=int, default=2048)
     parser.add_argument("--code-width", type=int, default=32)
     add_perceptual_argument(parser)
 
@@ -170,9 +171,12 @@ def run(args: argparse.Namespace) -> None:
     average = Average(trainer.vqvae, 0.998)
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
-        trainer.vqvae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        placed(optimizer, device)
+        if state.get("sides", args.sides) != args.sides:
+            began = " ".join(map(str, state["sides"]))
+            raise ValueError(
+                f"the run in {args.run} was begun with --sides {began}: give those, or another --run"
+            )
+        restore(trainer.vqvae, [optimizer], {**state, "optimizers": [state["optimizer"]]}, args.run)
         average.resume(state["average"], checkpoint.step)
     pictures_of = PictureStore(data.pictures, device)
     real = pictures_of.take(torch.from_numpy(held_out))
@@ -184,6 +188,7 @@ def run(args: argparse.Namespace) -> None:
                 "model": trainer.vqvae.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "average": average.state,
+                "sides": args.sides,
             }
         )
         averaged = VQVAE(config).to(device).eval()
@@ -194,10 +199,7 @@ def run(args: argparse.Namespace) -> None:
     def learn(pictures: Tensor, *, perceptual: bool) -> tuple[Tensor, ...]:
         """Take in pictures (B, 3, H, W)."""
         loss, parts = trainer.loss(pictures, perceptual=perceptual)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trainer.vqvae.parameters(), 2.0)
-        optimizer.step()
+        descend(loss, trainer.vqvae, [optimizer])
         return parts
 
     learn_step = RecordedStep(learn, recorder_for(device))

@@ -24,7 +24,7 @@ from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Places, Transformer
 from .emoji import EmojiSet
-from .lessons import Lesson, Lessons, add_misdrawn_argument, run_folder_file, window_positions
+from .lessons import Lesson, Lessons, add_corruption_argument, run_folder_file, window_positions
 from .muon import Muon
 from .recorded import RecordedStep, recorder_for
 from .run import (
@@ -35,15 +35,21 @@ from .run import (
     add_run_arguments,
     add_workers_argument,
     compile_blocks,
-    placed,
+    descend,
+    generator_of,
+    number_of_scales,
     precision,
     rate_at,
+    recordable,
+    restore,
     set_rate,
     shuffled_batches,
 )
 
 log = logging.getLogger(__name__)
 
+WINDOWS = 1
+"""What of a step's random numbers are for."""
 WHOLE_SHARE = 0.15
 """The last share of the steps trains on whole maps, as the model is used."""
 SETTLED_SHARE = 0.35
@@ -57,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_compile_argument(parser)
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 4, 6, 10, 16])
+    parser.add_argument("--sides", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
     parser.add_argument("--tokenizer-run", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
     parser.add_argument(
@@ -66,15 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="renderings of each picture: as it is, mirrored, then shifted, turned and resized a little",
     )
-    add_misdrawn_argument(parser)
-    parser.add_argument("--depth", type=int, default=5)
+    add_corruption_argument(parser)
+    parser.add_argument("--depth", type=int, default=9)
     parser.add_argument("--width", type=int, default=256, help="heads have 64 each")
     parser.add_argument("--name", default="star-emoji-64")
     parser.add_argument(
         "--window", type=float, default=0.6, help="share of each side that the window on the last scales has"
     )
     parser.add_argument(
-        "--windowed-scales", type=int, default=2, help="how many last scales are seen through the window"
+        "--windowed-scales",
+        type=number_of_scales,
+        default=4,
+        help="how many last scales are seen through the window, if there are as many",
     )
     parser.add_argument(
         "--start", type=Path, help="star.safetensors to go on from, where the run has no checkpoint yet"
@@ -92,7 +101,7 @@ def optimizers(
         (matrices if inner else others).append(parameter)
     dtype = torch.bfloat16 if args.bfloat16 else None
     return [
-        placed(Muon(matrices, args.rate, weight_decay=0.05, dtype=dtype), device),
+        recordable(Muon(matrices, args.rate, weight_decay=0.05, dtype=dtype), device),
         adamw(others, args.rate, device, betas=(0.9, 0.95), decay=0.05),
     ]
 
@@ -124,7 +133,7 @@ def held_out_loss(transformer: Transformer, lessons: Lessons, count: int = 128) 
     lesson = lessons.held_out(count)
     keys = transformer.text_keys(lesson.text.hidden, lesson.text.mask)
     logits = transformer.logits(transformer(lesson.inputs, lesson.text.pooled, keys, lessons.maps))
-    losses = F.cross_entropy(logits.mT, lesson.tokens.long(), reduction="none").mean(dim=0)
+    losses = F.cross_entropy(logits.mT, lesson.tokens, reduction="none").mean(dim=0)
     return [float(part.mean()) for part in losses.split([h * w for h, w in lessons.maps])]
 
 
@@ -170,7 +179,7 @@ def run(args: argparse.Namespace) -> None:
         config.maps,
         device,
         variants=args.variants,
-        misdrawn=args.misdrawn,
+        corruption=args.corruption,
         seed=args.seed,
     )
     log.info(
@@ -186,24 +195,17 @@ def run(args: argparse.Namespace) -> None:
     average = Average(transformer, 0.998)
     checkpoint = Checkpoint(args.run / "checkpoint.pt")
     if state := checkpoint.load():
-        transformer.load_state_dict(state["model"])
-        for optimizer, stored in zip(made, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
-            placed(optimizer, device)
+        restore(transformer, made, state, args.run)
         average.resume(state["average"], checkpoint.step)
     places = transformer.places(config.maps, device)
 
     def learn(*batch: Tensor) -> tuple[Tensor, ...]:
         """Take in a lesson's tensors, and the positions (K,) that are seen of it, all where there are none."""
-        lesson, window = Lesson.of(batch)
+        lesson, rest = Lesson.of(batch)
+        window = next(iter(rest), None)
         with precision(args), attention_kernel(device):
-            loss = loss_of(transformer, lesson, config.maps, window[0] if window else None, places)
-        for optimizer in made:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(transformer.parameters(), 2.0)
-        for optimizer in made:
-            optimizer.step()
+            loss = loss_of(transformer, lesson, config.maps, window, places)
+        descend(loss, transformer, made)
         return (loss.detach(),)
 
     learn_step = RecordedStep(learn, recorder_for(device))
@@ -235,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
         lesson = lessons.lesson(plan, step, settled=done >= 1 - SETTLED_SHARE)
         windows = []
         if done < 1 - WHOLE_SHARE:
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            generator = generator_of(args.seed, step, WINDOWS)
             window = window_positions(config.maps, args.windowed_scales, args.window, generator)
             windows.append(upload(window, device))
         for optimizer in made:

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from star_core.training.augmentation import augmented, pixel_sources
 from star_core.training.discriminator import (
     Adversary,
     Discriminator,
     adaptive_weight,
-    augmented,
     discriminator_loss,
-    drawn_places,
     generator_loss,
     network_features,
 )
@@ -69,8 +68,8 @@ def test_its_gradient_makes_pictures_more_convincing_once_its_head_start_is_over
         sharp = torch.rand(8, 3, 32, 32, generator=generator).round() * 2 - 1
         blurred = F.avg_pool2d(sharp, 5, stride=1, padding=2).requires_grad_(True)
         assert adversary.ready == (step >= 40)
-        places = tuple(drawn_places(8, (32, 32), generator) for _ in range(2))
-        push, loss = adversary.step(blurred, sharp, places, ready=adversary.ready)
+        sources = tuple(pixel_sources(8, (32, 32), generator) for _ in range(2))
+        push, loss = adversary.step(blurred, sharp, sources, ready=adversary.ready)
         adversary.steps += 1
         assert (push is None) == (step < 40)
     assert not loss.requires_grad

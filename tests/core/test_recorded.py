@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from star_core.config import square_maps, token_count
 from star_core.graphs import Tapes
 from star_core.quantizer import MultiScaleQuantizer
-from star_core.training.misdrawn import NEIGHBOURS, Misdrawing
 from star_core.training.muon import Muon
 from star_core.training.recorded import UNRECORDED, RecordedStep
-from star_core.training.run import HalfGroupNorm, operations_for, set_rate
+from star_core.training.run import OwnPrecisionGroupNorm, operations_for, set_rate
+from star_core.training.self_correction import NEIGHBOURS, TokenCorruption
 
 
 def network_and_step() -> tuple[nn.Module, Muon, RecordedStep, RecordedStep]:
@@ -83,11 +83,11 @@ def test_what_is_drawn_wrong_is_made_up_for(quantizer):
     features = torch.randn(40, 8, 4, 4)
     generator = torch.Generator().manual_seed(2)
     right = quantizer.quantize(features, MAPS)
-    misdrawing = Misdrawing(quantizer, MAPS, 0.6)
-    chances = misdrawing.chances(40, generator)
+    corruption = TokenCorruption(quantizer, MAPS, 0.6)
+    chances = corruption.chances(40, generator)
     assert chances.shape == (40, token_count(MAPS))
     shown: list[Tensor] = []
-    show = misdrawing.of(chances)
+    show = corruption.of(chances)
 
     def watched(scale: int, tokens: Tensor) -> Tensor:
         shown.append(show(scale, tokens))
@@ -111,10 +111,10 @@ def test_what_is_drawn_wrong_is_made_up_for(quantizer):
 
 @torch.no_grad()
 def test_wrong_tokens_are_as_many_as_told_half_of_them_near_misses(quantizer):
-    misdrawing = Misdrawing(quantizer, MAPS, 0.6)
+    corruption = TokenCorruption(quantizer, MAPS, 0.6)
     tokens = torch.randint(64, (400, 16), generator=torch.Generator().manual_seed(3))
-    chances = misdrawing.chances(400, torch.Generator().manual_seed(4))
-    wrong = misdrawing.of(chances)(2, tokens)
+    chances = corruption.chances(400, torch.Generator().manual_seed(4))
+    wrong = corruption.of(chances)(2, tokens)
     share = (wrong != tokens).float().mean().item()
     # Half the largest share on average; one in 64 of another picture's tokens is the right one.
     assert share == pytest.approx(0.3, abs=0.02)
@@ -125,19 +125,19 @@ def test_wrong_tokens_are_as_many_as_told_half_of_them_near_misses(quantizer):
     near = (ranks <= NEIGHBOURS).float().mean().item()
     assert near == pytest.approx(0.5 + 0.5 * NEIGHBOURS / 63, abs=0.03)
     assert set(ranks.tolist()) > set(range(1, NEIGHBOURS + 1))
-    none = Misdrawing(quantizer, MAPS, 0.0)
+    none = TokenCorruption(quantizer, MAPS, 0.0)
     assert torch.equal(none.of(none.chances(400, torch.Generator()))(2, tokens), tokens)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_of_wrong_tokens_that_is_none_is_refused(share, quantizer):
     with pytest.raises(ValueError, match="of the tokens cannot be wrong"):
-        Misdrawing(quantizer, MAPS, share)
+        TokenCorruption(quantizer, MAPS, share)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_group_normalisation_keeps_its_input_s_precision(dtype):
-    plain, half = nn.GroupNorm(4, 16, eps=1e-6), HalfGroupNorm(4, 16, eps=1e-6)
+    plain, half = nn.GroupNorm(4, 16, eps=1e-6), OwnPrecisionGroupNorm(4, 16, eps=1e-6)
     nn.init.normal_(plain.weight)
     half.load_state_dict(plain.state_dict())
     x = 3 + 2 * torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -150,7 +150,7 @@ def test_group_normalisation_keeps_its_input_s_precision(dtype):
 
 def test_a_gpu_s_vqvae_differs_in_its_normalisation_alone():
     layers = operations_for(torch.device("cuda"))
-    assert layers.GroupNorm is HalfGroupNorm
+    assert layers.GroupNorm is OwnPrecisionGroupNorm
     assert layers.Conv2d is nn.Conv2d
     assert operations_for(torch.device("cpu")) is nn
-    assert nn.GroupNorm is not HalfGroupNorm
+    assert nn.GroupNorm is not OwnPrecisionGroupNorm

@@ -11,9 +11,10 @@ import torch
 
 from star_core import load
 from star_core.config import square_maps, token_count
+from star_core.training.augmentation import Moved, may_be_mirrored
 from star_core.training.causal_sampler import EMPTY_SHARE, known_mask
 from star_core.training.emoji import Record
-from star_core.training.lessons import Moved, Planner, may_be_mirrored, window_positions
+from star_core.training.lessons import Planner, window_positions
 from star_core.training.muon import Muon, orthogonalise
 from star_core.training.run import Average, Checkpoint, PictureStore, rate_at, shuffled_batches
 
@@ -149,13 +150,12 @@ def test_moved_pictures_are_mirrored_shifted_turned_and_resized_on_white():
     ink = (1 - drawn).sum(dim=(1, 2, 3)) / (1 - pictures).sum(dim=(1, 2, 3))
     assert 0.9**2 - 0.03 < ink.min() < 0.9
     assert 1.1 < ink.max() < 1.1**2 + 0.03
-    darker_left = (1 - drawn[:, 0]).sum(dim=1)
-    columns = torch.arange(48.0)
-    spread = [darker_left @ columns / darker_left.sum(dim=1)]
-    third = ((columns - spread[0].unsqueeze(1)) ** 3 * darker_left).sum(dim=1)
-    assert (third[1::2] > 0).all(), "no odd picture may be mirrored"
-    assert {bool(t > 0) for t in third[0::2]} == {True, False}
-    shift = spread[0][1::2] - (1 - pictures[0, 0]).sum(dim=0) @ columns / (1 - pictures[0, 0]).sum()
+    dark, columns = (1 - drawn[:, 0]).sum(dim=1), torch.arange(48.0)
+    middle = dark @ columns / dark.sum(dim=1)
+    skew = ((columns - middle.unsqueeze(1)) ** 3 * dark).sum(dim=1)
+    assert (skew[1::2] > 0).all(), "no odd picture may be mirrored"
+    assert {bool(s > 0) for s in skew[0::2]} == {True, False}
+    shift = middle[1::2] - (1 - pictures[0, 0]).sum(dim=0) @ columns / (1 - pictures[0, 0]).sum()
     assert 2 < shift.abs().max() < 48 / 12 + 1
     again = moved(pictures[:32], 32)
     torch.testing.assert_close(again, drawn[32:], msg="a picture moves by its number, not its batch")

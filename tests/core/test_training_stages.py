@@ -16,9 +16,13 @@ from star_core.config import square_maps, token_count
 from star_core.request import ScaleStep
 from star_core.rope import axial_rope_of_maps
 from star_core.star import SHIPPED, Options, load
+from star_core.text_encoder import load_text_encoder
 from star_core.training import causal_sampler, decoder, tokenizer, transformer
+from star_core.training.emoji import EmojiSet
+from star_core.training.lessons import Lessons
 from star_core.training.redrawn import redraw_last_scales
 from star_core.training.run import Checkpoint
+from star_core.training.self_correction import TokenCorruption
 from star_core.transformer import TextBlock
 from star_core.weights import TensorFile
 
@@ -103,14 +107,47 @@ def assert_same_file(one: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_killed_transformer_run_ends_as_an_unbroken_one(data, tokenizer_run, transformer_run, tmp_path):
-    options = transformer_options(tokenizer_run)
+def test_a_killed_transformer_run_ends_as_an_unbroken_one(data, tokenizer_run, tmp_path):
+    options = [*transformer_options(tokenizer_run), "--variants", "3", "--corruption", "0.3"]
+    whole = train(transformer, tmp_path / "whole", data, *options)
     with pytest.MonkeyPatch.context() as patch:
         killed_after(transformer, 3, patch)
         with pytest.raises(Killed):
-            train(transformer, tmp_path, data, *options)
-    train(transformer, tmp_path, data, *options)
-    assert_same_file(tmp_path / "star.safetensors", transformer_run / "star.safetensors")
+            train(transformer, tmp_path / "killed", data, *options)
+    killed = train(transformer, tmp_path / "killed", data, *options)
+    assert_same_file(killed / "star.safetensors", whole / "star.safetensors")
+
+
+def test_a_run_of_other_sizes_is_refused(data, tokenizer_run, tmp_path):
+    options = transformer_options(tokenizer_run)
+    train(transformer, tmp_path, data, *options, steps=1)
+    with pytest.raises(ValueError, match="was begun with a network of other sizes"):
+        train(transformer, tmp_path, data, *options, "--depth", "2", steps=2)
+    small = ["--channels", "8", "--multipliers", "1", "1", "1", "1", "--codebook", "32", "--code-width", "4"]
+    train(tokenizer, tmp_path / "tokens", data, *small, *SIDES, steps=1)
+    with pytest.raises(ValueError, match="was begun with --sides 1 2 4"):
+        train(tokenizer, tmp_path / "tokens", data, *small, "--sides", "1", "3", "4", steps=2)
+
+
+def test_settled_lessons_keep_pictures_in_place(data, tokenizer_run):
+    pictures = EmojiSet.load(data, 32)
+    vqvae, text = load_vqvae(tokenizer_run / "vqvae.safetensors"), load_text_encoder(SHIPPED)
+    lessons = Lessons(pictures, vqvae, text, square_maps([1, 2, 4]), torch.device("cpu"), variants=5, seed=3)
+    assert lessons.features.shape[:2] == (5, len(pictures.records))
+    plan = lessons.planner[(0, torch.arange(12))]._replace(variants=torch.arange(12) % 5)
+    moved, settled = lessons.lesson(plan), lessons.lesson(plan, settled=True)
+    plain = [lessons.lesson(plan._replace(variants=torch.full((12,), v))) for v in range(2)]
+    for row in range(12):
+        expected = plain[row % 5 % 2].tokens[row]
+        assert torch.equal(settled.tokens[row], expected)
+        assert torch.equal(moved.tokens[row], expected) or row % 5 > 1
+    # With wrong tokens shown, what is asked for changes, and the inputs with it; a step has its own.
+    lessons.corruption = TokenCorruption(vqvae.quantizer, lessons.maps, 0.9)
+    wrong = [lessons.lesson(plan, step) for step in (1, 1, 2)]
+    assert torch.equal(wrong[0].inputs, wrong[1].inputs)
+    assert not torch.equal(wrong[0].inputs, wrong[2].inputs)
+    assert not torch.equal(wrong[0].inputs, moved.inputs)
+    assert torch.equal(wrong[0].tokens[:, :1], moved.tokens[:, :1]), "nothing is wrong before the first scale"
 
 
 def test_a_run_goes_on_from_exported_weights(data, tokenizer_run, transformer_run, tmp_path):
@@ -408,6 +445,10 @@ def test_a_run_ends_when_its_time_is_up_saves_and_goes_on(data, tokenizer_run, t
         ("--seed", "-1", "-1 is no seed"),
         ("--seed", str(2**32), "is no seed"),
         ("--seed", "x", "x is no number"),
+        ("--corruption", "1", "1 is no share"),
+        ("--corruption", "nan", "nan is no share"),
+        ("--corruption", "few", "few is no number"),
+        ("--windowed-scales", "-1", "-1 is no number of scales"),
     ],
 )
 def test_a_run_of_no_length_or_seed_is_refused(option, value, said, capsys):

@@ -140,6 +140,8 @@ def test_a_killed_run_goes_on_where_it_was(
         (["--minutes", "inf"], "never end"),
         (["--run", str(SHIPPED / "ATTRIBUTION.md")], "can be no folder"),
         (["--transformer", "--batch many"], "--transformer: argument --batch"),
+        (["--transformer", "--corruption 2"], "--transformer: argument --corruption"),
+        (["--sides", "4"], "2 scales or more"),
         (["--decoder", "--headstart 1"], "--decoder: unrecognized arguments"),
         (["--decoder", "--schedule 'top"], "--decoder: No closing quotation"),
     ],
@@ -152,16 +154,29 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(
     assert not exported(tmp_path)
 
 
+def test_a_missing_compiler_is_told_before_anything_is_trained(
+    train_all: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(function: object) -> object:
+        raise RuntimeError("no compiler is found\nmore")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ValueError, match=r"compiled here \(no compiler is found\): .*--no-compile"):
+        train_all("--transformer", OPTIONS["--transformer"] + " --compile")
+    assert not exported(tmp_path)
+    train_all("--transformer", OPTIONS["--transformer"] + " --compile --no-compile")
+
+
 def test_time_is_shared_and_a_gpu_gets_its_batches():
     assert sum(stage.share for stage in all_stages.STAGES) == pytest.approx(1)
     parser = argparse.ArgumentParser()
     all_stages.add_arguments(parser)
-    for device, batch, workers in (("cpu", "16", False), ("cuda", "256", True)):
+    for device, batch, workers in (("cpu", "16", False), ("cuda", "128", True)):
         args = parser.parse_args(["--run", "x", "--minutes", "10", "--device", device])
         plan = {stage.name: options for stage, options in all_stages.plan(args)}
         options = plan["tokenizer"]
         assert options[options.index("--batch") + 1] == batch
-        assert options[options.index("--time-limit") + 1] == "150"
+        assert options[options.index("--time-limit") + 1] == "180"
         assert ("--workers" in plan["transformer"]) == workers
 
 
@@ -178,7 +193,7 @@ def train_model(files: dict[str, Path], out: Path, *options: str) -> int:
 def test_a_model_is_put_together_with_a_name_and_a_schedule(
     shipped: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    own = "top_k 600; top_p 0.5*3 0.1*3; guidance 0 1 2 3 3 1"
+    own = "top_k 600; top_p 0.5*4 0.1*6; guidance 0 1 2 3*6 1"
     assert train_model(shipped, tmp_path / "m", "--name", "other", "--schedule", own) == 0
     assert "other" in capsys.readouterr().out
     ours, theirs = load(tmp_path / "m"), load()

@@ -8,13 +8,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from star_core.quantizer import BATCH_OF_PRODUCTS, enlarged
 from star_core.star import SHIPPED
 from star_core.training import causal_sampler, decoder, tokenizer, transformer
 from star_core.training.recorded import UNRECORDED, RecordedStep
-from star_core.weights import TensorFile
 
 SIDES = ["--sides", "1", "2", "4"]
 SMALL = [
@@ -31,8 +30,17 @@ SMALL = [
     "4",
     "--bfloat16",
 ]
-STEPS = 10
+STEPS = 12
 LPIPS_FROM = 5
+STAGES: dict[str, ModuleType] = {
+    "tokenizer": tokenizer,
+    "transformer": transformer,
+    "causal_sampler": causal_sampler,
+    "decoder": decoder,
+}
+NEAR = 0.25
+"""How far recorded weights may end from started ones, as a share of how far both moved. A step that does
+nothing once it is recorded ends 0.45 away or more; figures tell one that repeats a batch (on a CPU)."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,35 +51,69 @@ def _no_download(monkeypatch: pytest.MonkeyPatch, distance: nn.Module) -> None:
     monkeypatch.setattr(tokenizer, "LPIPS_FROM", LPIPS_FROM)
 
 
-def train(stage: ModuleType, run: Path, data: Path, *options: str) -> Path:
-    parser = argparse.ArgumentParser()
-    stage.add_arguments(parser)
-    shared = ["--run", str(run), "--data", str(data), "--size", "32", "--device", "cuda"]
-    shared += ["--steps", str(STEPS), "--batch", "4", "--save-every", "100", "--rate", "1e-3"]
-    stage.run(parser.parse_args([*shared, *options]))
-    return run
+class Trained:
+    """A stage's run: its weights before and after, and what each step said."""
+
+    def __init__(self, stage: ModuleType, run: Path, data: Path, device: str, *options: str) -> None:
+        self.run = run
+        self.figures: list[list[float]] = []
+        parser = argparse.ArgumentParser()
+        stage.add_arguments(parser)
+        shared = ["--run", str(run), "--data", str(data), "--size", "32", "--device", device]
+        shared += ["--steps", str(STEPS), "--batch", "6", "--save-every", "100", "--rate", "3e-3"]
+        average, call = stage.Average, RecordedStep.__call__
+
+        def begun(network: nn.Module, keep: float) -> object:
+            made = average(network, keep)
+            self.before = {name: value.cpu().clone() for name, value in made.state.items()}
+            return made
+
+        def watched(step: RecordedStep, *batch: Tensor, **fixed: object) -> tuple[Tensor, ...]:
+            figures = call(step, *batch, **fixed)
+            self.figures.append([float(figure) for figure in figures])
+            return figures
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage, "Average", begun)
+            # No warm-up, under which ten steps would hardly move anything.
+            patch.setattr(stage, "rate_at", lambda step, done, peak: peak)
+            patch.setattr(RecordedStep, "__call__", watched)
+            stage.run(parser.parse_args([*shared, *options]))
+        state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        self.after = state["model"]
+
+    def distance(self, other: dict[str, Tensor]) -> float:
+        """Return how far the weights ended from others, in all."""
+        apart = [(self.after[name].float() - value.float()).square().sum() for name, value in other.items()]
+        return float(torch.stack(apart).sum().sqrt())
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "transformer", "causal_sampler", "decoder"])
-def test_recorded_steps_train_as_started_ones(stage, gpu, data, tmp_path, monkeypatch):
-    first = train(tokenizer, tmp_path / "tokens", data, *SMALL, *SIDES)
-    options = [*SMALL, *SIDES]
-    file = "vqvae.safetensors" if stage in ("tokenizer", "decoder") else "star.safetensors"
-    module: ModuleType = {
-        "tokenizer": tokenizer,
-        "transformer": transformer,
-        "causal_sampler": causal_sampler,
-        "decoder": decoder,
-    }[stage]
-    text = ["--tokenizer-run", str(first), "--text", str(SHIPPED), "--bfloat16", "--misdrawn", "0.3"]
+def options_of(stage: str, device: str, data: Path, folder: Path) -> list[str]:
+    """Return a stage's options, and train what comes before it."""
+    if stage == "tokenizer":
+        return [*SMALL, *SIDES]
+    first = Trained(tokenizer, folder / "tokens", data, device, *SMALL, *SIDES).run
+    if stage == "decoder":
+        return ["--tokenizer-run", str(first), *SIDES, "--adversarial", "0.5", "--head-start", "5"]
+    text = ["--tokenizer-run", str(first), "--text", str(SHIPPED), "--bfloat16", "--corruption", "0.3"]
     small = ["--depth", "1", "--width", "64", "--variants", "3", *SIDES]
     if stage == "transformer":
-        options = [*text, *small]
-    elif stage == "causal_sampler":
-        star = train(transformer, tmp_path / "star", data, *text, *small)
-        options = [*text, "--transformer-run", str(star), "--sampler-depth", "1"]
-    elif stage == "decoder":
-        options = ["--tokenizer-run", str(first), *SIDES, "--adversarial", "0.5", "--head-start", "5"]
+        return [*text, *small]
+    star = Trained(transformer, folder / "star", data, device, *text, *small).run
+    return [*text, "--transformer-run", str(star), "--sampler-depth", "1"]
+
+
+def assert_alike(ours: Trained, theirs: Trained) -> None:
+    moved = theirs.distance(theirs.before)
+    assert moved > 0
+    assert ours.distance(theirs.after) <= NEAR * moved
+    for step, (one, other) in enumerate(zip(ours.figures, theirs.figures, strict=True)):
+        assert one == pytest.approx(other, rel=0.1, abs=0.02), f"step {step}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recorded_steps_train_as_started_ones(stage, gpu, data, tmp_path, monkeypatch):
+    options = options_of(stage, "cuda", data, tmp_path)
     recordings: list[object] = []
     record = RecordedStep._record
 
@@ -81,20 +123,26 @@ def test_recorded_steps_train_as_started_ones(stage, gpu, data, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(RecordedStep, "_record", counted)
-        recorded = train(module, tmp_path / "recorded", data, *options)
+        recorded = Trained(STAGES[stage], tmp_path / "recorded", data, "cuda", *options)
     assert recordings, f"of {STEPS} steps the first {UNRECORDED} of each shape are not recorded"
     with monkeypatch.context() as patch:
-        patch.setattr(module, "recorder_for", lambda device: None)
-        started = train(module, tmp_path / "started", data, *options)
+        patch.setattr(STAGES[stage], "recorder_for", lambda device: None)
+        started = Trained(STAGES[stage], tmp_path / "started", data, "cuda", *options)
+    assert_alike(recorded, started)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_run_goes_on_on_the_other_kind_of_device(stage, gpu, data, tmp_path):
+    options = options_of(stage, "cpu", data, tmp_path)
+    run = Trained(STAGES[stage], tmp_path / "run", data, "cpu", *options).run
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    ours, theirs = (TensorFile(run / file) for run in (recorded, started))
-    assert set(ours) == set(theirs)
-    for name in ours:
-        a, b = ours[name].float(), theirs[name].float()
-        # Sums by atomics come in another order each time, and Adam makes whole steps of small gradients.
-        assert (a - b).abs().mean() <= 2e-4 + 0.02 * b.abs().mean(), name
-        assert torch.isfinite(a).all(), name
+    STAGES[stage].add_arguments(parser)
+    for number, device in enumerate(("cuda", "cpu"), start=1):
+        more = ["--run", str(run), "--data", str(data), "--size", "32", "--batch", "6", "--device", device]
+        STAGES[stage].run(parser.parse_args([*more, "--steps", str(STEPS * (1 + number)), *options]))
+        state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        assert state["step"] == STEPS * (1 + number)
+        assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
 @pytest.mark.parametrize("before", [(1, 1), (3, 5)])

@@ -21,7 +21,7 @@ NEAR_SHARE = 0.5
 """Of the wrong tokens: near misses. The others are another picture's at this place."""
 
 
-class Misdrawing:
+class TokenCorruption:
     """Makes tokens wrong. Of each picture another share, from none up to `most`."""
 
     def __init__(self, quantizer: MultiScaleQuantizer, maps: Sequence[TokenMap], most: float) -> None:
