@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ..star_core.schedule import ScaleSchedule
     from ..star_core.schedule_parts import Part, SamplerPart
 
-DEFAULT_SCHEDULE = "maps 1 2 4 6 10 16\ntop_k 600\ntop_p 0.8\nguidance ramp 4\ntemperature 1"
-DEFAULT_STEPS = "maps 1 2 4 6 10 16\nsteps 0*4 8*2\ntransformer_steps 0*4 5 0\nrandom_steps 0*4 5*2"
+DEFAULT_SCHEDULE = "maps 1 2 3 4 5 6 8 10 13 16\ntop_k 600\ntop_p 0.8\nguidance ramp 4\ntemperature 1"
+DEFAULT_STEPS = "maps 1 2 3 4 5 6 8 10 13 16\nsteps 0*6 8*4\ntransformer_steps 0*6 5*3 0\nrandom_steps 0*6 5*4"
 STRATEGIES = ["official", "confidence", "masked"]
 HOW_TO_WRITE = (
     " One line per quantity: its name, then values from coarse to fine; 600*9 repeats, one value serves all"

@@ -29,7 +29,7 @@ sys.path.append(str(PACK / "tests"))
 from comfyui_place import MISSING, find_comfyui, find_python  # noqa: E402
 
 PACK_NAME = "comfyui-star"
-SIDES = (1, 2, 4, 6, 10, 16)
+SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 CODEBOOK = 256
 TEXT_WIDTH = 128
 START_SECONDS = 180
@@ -72,7 +72,7 @@ def skip_below(folder: Path, items: list[pytest.Item], missing: str | None) -> N
 
 
 def write_tiny_model(folder: Path) -> None:
-    """Put a model of six scales with random weights into a folder, laid out as a released one."""
+    """Put a model of ten scales with random weights into a folder, laid out as a released one."""
     config = StarConfig(
         name="tiny",
         transformer=TransformerConfig(

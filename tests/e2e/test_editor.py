@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from browser import ComfyPage
 
-DEFAULT = "maps 1 2 4 6 10 16\ntop_k 600\ntop_p 0.8\nguidance ramp 4\ntemperature 1"
+DEFAULT = "maps 1 2 3 4 5 6 8 10 13 16\ntop_k 600\ntop_p 0.8\nguidance ramp 4\ntemperature 1"
 LONG = "maps 1 2 3 4 5 6 8 10 13 16 20 24 28 32\ntop_k 4096\ntop_p 0.8\nguidance ramp 4"
 
 
@@ -26,10 +26,10 @@ def line(text: str, name: str) -> str:
 
 def test_a_new_node_shows_its_text_as_bars(comfy: ComfyPage, schedule: int) -> None:
     assert comfy.value(schedule, "schedule") == DEFAULT
-    assert comfy.bar_values(schedule, "top_k") == [600] * 6
-    assert comfy.bar_values(schedule, "guidance") == pytest.approx([0, 0.8, 1.6, 2.4, 3.2, 4])
+    assert comfy.bar_values(schedule, "top_k") == [600] * 10
+    assert comfy.bar_values(schedule, "guidance") == pytest.approx([4 * scale / 9 for scale in range(10)])
     sides = comfy.editor(schedule).locator('[data-quantity="top_p"] .star-side').all_inner_texts()
-    assert sides == ["1", "2", "4", "6", "10", "16"]
+    assert sides == ["1", "2", "3", "4", "5", "6", "8", "10", "13", "16"]
     comfy.shot("new-node")
 
 
@@ -40,13 +40,13 @@ def test_a_drag_changes_one_value_and_is_one_step_of_undo(comfy: ComfyPage, sche
         float(word)
         for word in re.sub(r"(\S+)\*(\d)", lambda m: f"{m[1]} " * int(m[2]), line(dragged, "top_p")).split()
     ]
-    assert values == pytest.approx([0.8, 0.8, values[2], 0.8, 0.8, 0.8])
+    assert values == pytest.approx([0.8, 0.8, values[2], *[0.8] * 7])
     assert values[2] == pytest.approx(0.5, abs=0.03)
     assert line(dragged, "top_p").startswith("0.8*2 ")
     assert dragged.replace(line(dragged, "top_p"), "0.8") == DEFAULT, "every other line stays as it was"
     comfy.press("Control+z")
     assert comfy.value(schedule, "schedule") == DEFAULT
-    assert comfy.bar_values(schedule, "top_p") == [0.8] * 6
+    assert comfy.bar_values(schedule, "top_p") == [0.8] * 10
     comfy.press("Control+Shift+z")
     assert comfy.value(schedule, "schedule") == dragged
     assert comfy.bar_values(schedule, "top_p")[2] == values[2]
@@ -56,17 +56,17 @@ def test_alt_drags_all_scales(comfy: ComfyPage, schedule: int) -> None:
     comfy.drag_bar(schedule, "temperature", 1, 0.25, hold="Alt")
     value = float(line(comfy.value(schedule, "schedule"), "temperature"))
     assert value == pytest.approx(0.5, abs=0.1)
-    assert comfy.bar_values(schedule, "temperature") == [value] * 6
+    assert comfy.bar_values(schedule, "temperature") == [value] * 10
 
 
 def test_top_k_has_a_logarithmic_bar(comfy: ComfyPage, schedule: int) -> None:
     comfy.write(schedule, "schedule", DEFAULT.replace("top_k 600", "top_k 4096"))
-    comfy.drag_bar(schedule, "top_k", 5, 0.54)
-    middle = comfy.bar_values(schedule, "top_k")[5]
+    comfy.drag_bar(schedule, "top_k", 9, 0.54)
+    middle = comfy.bar_values(schedule, "top_k")[9]
     assert 32 <= middle <= 128, "half way up lies the geometric mean of 1 and 4096"
-    comfy.drag_bar(schedule, "top_k", 5, 0.0)
-    assert line(comfy.value(schedule, "schedule"), "top_k") == "4096*5 0"
-    assert comfy.bar(schedule, "top_k", 5).get_attribute("aria-valuetext") == "off"
+    comfy.drag_bar(schedule, "top_k", 9, 0.0)
+    assert line(comfy.value(schedule, "schedule"), "top_k") == "4096*9 0"
+    assert comfy.bar(schedule, "top_k", 9).get_attribute("aria-valuetext") == "off"
 
 
 def test_a_click_changes_nothing_and_takes_the_focus(comfy: ComfyPage, schedule: int) -> None:
@@ -80,25 +80,25 @@ def test_numbers_are_typed(comfy: ComfyPage, schedule: int) -> None:
     comfy.bar(schedule, "top_p", 3).dblclick()
     comfy.page.keyboard.type("0.375")
     comfy.press("Enter")
-    assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*3 0.375 0.8*2"
+    assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*3 0.375 0.8*6"
     comfy.page.keyboard.type("7")  # the bar has the focus again: a digit opens the field
     assert comfy.editor(schedule).locator("input.star-typed").get_attribute("aria-invalid") is not None
     comfy.press("Enter")
-    assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*3 0.375 0.8*2", "7 is no top_p"
+    assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*3 0.375 0.8*6", "7 is no top_p"
     comfy.page.keyboard.type(".5")
     comfy.press("Escape")
-    assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*3 0.375 0.8*2"
+    assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*3 0.375 0.8*6"
 
 
 def test_the_keyboard_reaches_every_bar(comfy: ComfyPage, schedule: int) -> None:
-    comfy.bar(schedule, "top_p", 4).click()
+    comfy.bar(schedule, "top_p", 8).click()
     for keys, expected in {
-        "ArrowUp": "0.8*4 0.81 0.8",
+        "ArrowUp": "0.8*8 0.81 0.8",
         "ArrowDown": "0.8",
-        "PageDown": "0.8*4 0.7 0.8",
-        "Shift+ArrowUp": "0.8*4 0.701 0.8",
-        "End": "0.8*4 1 0.8",
-        "Home": "0.8*4 0 0.8",
+        "PageDown": "0.8*8 0.7 0.8",
+        "Shift+ArrowUp": "0.8*8 0.701 0.8",
+        "End": "0.8*8 1 0.8",
+        "Home": "0.8*8 0 0.8",
     }.items():
         comfy.press(keys)
         assert line(comfy.value(schedule, "schedule"), "top_p") == expected, keys
@@ -107,20 +107,20 @@ def test_the_keyboard_reaches_every_bar(comfy: ComfyPage, schedule: int) -> None
     assert comfy.nodes("StarScaleSchedule") == [schedule], "Delete on a bar leaves the node alone"
     comfy.page.keyboard.press("Tab")
     comfy.press("ArrowUp")
-    assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*4 0 0.81"
-    role = comfy.bar(schedule, "top_p", 5)
+    assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*8 0 0.81"
+    role = comfy.bar(schedule, "top_p", 9)
     assert role.get_attribute("role") == "slider"
     assert role.get_attribute("aria-valuenow") == "0.81"
-    assert "scale 6 of 6" in (role.get_attribute("aria-label") or "")
+    assert "scale 10 of 10" in (role.get_attribute("aria-label") or "")
     comfy.press("Control+z")
-    assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*4 0 0.8"
+    assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*8 0 0.8"
 
 
 def test_an_error_is_shown_at_its_place_and_the_text_stays(comfy: ComfyPage, schedule: int) -> None:
     broken = DEFAULT.replace("top_p 0.8", "top_p 0.8 0.9")
     comfy.write(schedule, "schedule", broken)
     editor = comfy.editor(schedule)
-    assert "2 values for 6 scales" in editor.locator(".star-message").inner_text()
+    assert "2 values for 10 scales" in editor.locator(".star-message").inner_text()
     assert editor.locator("mark").inner_text() == "0.8"
     assert comfy.value(schedule, "schedule") == broken
     comfy.shot("error")
@@ -131,9 +131,9 @@ def test_an_error_is_shown_at_its_place_and_the_text_stays(comfy: ComfyPage, sch
         return tagName === "TEXTAREA" ? area.value.slice(selectionStart, selectionEnd) : null }"""
     )
     assert selected == "0.8"
-    comfy.page.keyboard.type("0.7*4 0.5")
+    comfy.page.keyboard.type("0.7*8 0.5")
     comfy.settle()
-    assert comfy.bar_values(schedule, "top_p") == [0.7] * 4 + [0.5, 0.9], "typing in the text redraws the bars"
+    assert comfy.bar_values(schedule, "top_p") == [0.7] * 8 + [0.5, 0.9], "typing in the text redraws the bars"
 
 
 def test_lines_of_the_other_node_are_refused(comfy: ComfyPage, schedule: int) -> None:
@@ -142,21 +142,21 @@ def test_lines_of_the_other_node_are_refused(comfy: ComfyPage, schedule: int) ->
 
 
 def test_unknown_form_is_kept_when_a_bar_is_dragged(comfy: ComfyPage, schedule: int) -> None:
-    text = "maps 1 2 4 6 10 16;  top_k 600*5   300 ;\n\n  guidance ramp 2\nstretch yes"
+    text = "maps 1 2 3 4 5 6 8 10 13 16;  top_k 600*9   300 ;\n\n  guidance ramp 2\nstretch yes"
     comfy.write(schedule, "schedule", text)
-    comfy.bar(schedule, "top_k", 5).dblclick()
+    comfy.bar(schedule, "top_k", 9).dblclick()
     comfy.page.keyboard.type("100")
     comfy.press("Enter")
-    assert comfy.value(schedule, "schedule") == text.replace("600*5   300", "600*5 100")
+    assert comfy.value(schedule, "schedule") == text.replace("600*9   300", "600*9 100")
 
 
 def test_the_causal_sampler_has_bars_for_its_steps(comfy: ComfyPage) -> None:
     sampler = comfy.add("StarCausalSampler", 80, 90)
-    assert comfy.bar_values(sampler, "steps") == [0, 0, 0, 0, 8, 8]
-    comfy.bar(sampler, "steps", 3).dblclick()
+    assert comfy.bar_values(sampler, "steps") == [0] * 6 + [8] * 4
+    comfy.bar(sampler, "steps", 5).dblclick()
     comfy.page.keyboard.type("4")
     comfy.press("Enter")
-    assert line(comfy.value(sampler, "steps"), "steps") == "0*3 4 8*2"
+    assert line(comfy.value(sampler, "steps"), "steps") == "0*5 4 8*4"
     comfy.shot("causal-sampler")
 
 
@@ -186,7 +186,7 @@ def test_a_sampler_preset_sets_its_fields_too(comfy: ComfyPage) -> None:
     comfy.editor(sampler).locator("select").select_option("sampler")
     comfy.settle()
     assert comfy.value(sampler, "strategy") == "masked"
-    assert line(comfy.value(sampler, "steps"), "steps") == "0*4 8*2"
+    assert line(comfy.value(sampler, "steps"), "steps") == "0*6 8*4"
     assert line(comfy.value(sampler, "steps"), "transformer_steps") == "0"
 
 
@@ -199,10 +199,10 @@ def test_sides_come_from_the_connected_model_and_nothing_is_stretched(comfy: Com
     assert "No Load STAR" in comfy.editor(schedule).locator(".star-note").inner_text()
     comfy.connect(load, "model", schedule, "model")
     comfy.settle(1000)
-    assert "1 2 4 6 10 16" in comfy.editor(schedule).locator(".star-note").inner_text()
+    assert "1 2 3 4 5 6 8 10 13 16" in comfy.editor(schedule).locator(".star-note").inner_text()
     fill.click()
     comfy.settle(1000)
-    assert comfy.value(schedule, "schedule") == "maps 1 2 4 6 10 16\ntop_k 600\nguidance ramp 4"
+    assert comfy.value(schedule, "schedule") == "maps 1 2 3 4 5 6 8 10 13 16\ntop_k 600\nguidance ramp 4"
     listed = "maps 1 2 3\ntop_k 600 500 400"
     comfy.write(schedule, "schedule", listed)
     fill.click()
@@ -280,11 +280,11 @@ def test_it_works_inside_a_subgraph(comfy: ComfyPage, schedule: int) -> None:
     (inner,) = comfy.nodes("StarScaleSchedule")
     comfy.editor(inner).locator(".star-fill-sides").click()
     comfy.settle(1500)
-    assert comfy.value(inner, "schedule") == "maps 1 2 4 6 10 16\ntop_k 600\ntop_p 0.8", (
+    assert comfy.value(inner, "schedule") == "maps 1 2 3 4 5 6 8 10 13 16\ntop_k 600\ntop_p 0.8", (
         "found outside the subgraph"
     )
-    comfy.drag_bar(inner, "top_p", 5, 0.4)
-    assert comfy.bar_values(inner, "top_p")[5] == pytest.approx(0.4, abs=0.03)
+    comfy.drag_bar(inner, "top_p", 9, 0.4)
+    assert comfy.bar_values(inner, "top_p")[9] == pytest.approx(0.4, abs=0.03)
     comfy.shot("subgraph")
     comfy.page.evaluate("app.canvas.setGraph(app.rootGraph ?? app.graph)")
 

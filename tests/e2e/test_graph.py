@@ -129,7 +129,7 @@ def test_from_an_empty_canvas_to_a_picture_and_back(comfy: ComfyPage, server: Se
 
 
 def test_the_server_refuses_a_broken_text_in_the_editors_words(comfy: ComfyPage, server: Server) -> None:
-    broken = "maps 1 2 4 6 10 16\ntop_k 600 300"
+    broken = "maps 1 2 3 4 5 6 8 10 13 16\ntop_k 600 300"
     schedule = comfy.add("StarScaleSchedule", 80, 90, schedule=broken)
     load = comfy.add("StarLoad", 600, 90, checkpoint="tiny.safetensors")
     encode = comfy.add("StarCLIPEncode", 600, 420)
@@ -151,8 +151,8 @@ def test_the_server_refuses_a_broken_text_in_the_editors_words(comfy: ComfyPage,
     ) as answered:
         comfy.page.get_by_role("button", name="Run", exact=True).first.click()
     assert answered.value.status == 400
-    assert "2 values for 6 scales" in answered.value.text()
-    assert "2 values for 6 scales" in comfy.editor(schedule).locator(".star-message").inner_text()
+    assert "2 values for 10 scales" in answered.value.text()
+    assert "2 values for 10 scales" in comfy.editor(schedule).locator(".star-message").inner_text()
     comfy.press("Escape")
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SIDES = (1, 2, 4, 6, 10, 16)
-TEXTS = [f"scale {i + 1}/6 · {side}x{side}" for i, side in enumerate(SIDES)]
+SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+TEXTS = [f"scale {i + 1}/{len(SIDES)} · {side}x{side}" for i, side in enumerate(SIDES)]
 PIXELS = 64
 
 
@@ -67,13 +67,15 @@ def test_every_scale_is_told_with_its_number_and_side(client, prompt):
     # The lines are compared whole and in their order: one left out, doubled or of another scale fails.
     assert run.texts == TEXTS
     bars = [(e.data["value"], e.data["max"]) for e in run.events if e.kind == "progress"]
-    assert [bar for i, bar in enumerate(bars) if bar not in bars[:i]] == [(k, 6) for k in range(1, 7)]
+    assert [bar for i, bar in enumerate(bars) if bar not in bars[:i]] == [
+        (k + 1, len(SIDES)) for k in range(len(SIDES))
+    ]
 
 
 def test_every_scale_shows_its_own_picture_and_the_last_one_is_the_result(client, prompt):
     run = client.run(prompt(seed=32, preview="every scale"))
     events = [e for e in run.events if e.kind == "preview"]
-    assert [e.data["node_id"] for e in events] == ["sample"] * 6
+    assert [e.data["node_id"] for e in events] == ["sample"] * len(SIDES)
     frames = [as_array(e.picture) for e in events]
     steps = [np.abs(a - b).mean() for a, b in zip(frames, frames[1:], strict=False)]
     # Frames that repeat give 0; JPEG and scaling alone stay under 0.01, as the last frame shows.

@@ -169,7 +169,7 @@ function expectedScales(lines, scales, stretch) {
   }
   if (scales !== null) return scales;
   throw plainError(
-    "the schedule does not say how many scales it has: add a `maps` line, as in `maps 1 2 4 6 10 16`",
+    "the schedule does not say how many scales it has: add a `maps` line, as in `maps 1 2 3 4 5 6 8 10 13 16`",
   );
 }
 
