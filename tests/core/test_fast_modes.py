@@ -184,8 +184,8 @@ def test_a_stretched_schedule_shares_its_scales_with_itself():
     star = load()
     text = "maps 1 2 3; top_k 5; guidance 1; unguided no no yes; stretch yes"
     request = star.request(["a cat"], options=Options(schedule=text))
-    assert request.schedule.guided_scales == 4
-    assert shared_scales(request, request) == 6
+    assert request.schedule.guided_scales == 7
+    assert shared_scales(request, request) == 10
 
 
 def test_pruning_next_to_nothing_is_nearly_the_whole_look(

@@ -12,7 +12,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from client import Client, Event, Run
 
-BATCH = 24
+BATCH = 8
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 STEPS = "maps 1 2 3 4 5 6 8 10 13 16\nsteps 0*7 8*3\ntransformer_steps 0\nrandom_steps 0"
 SEED = 7
@@ -101,7 +101,7 @@ def test_cancel_acts_within_a_second_and_the_next_prompt_equals_an_undisturbed_o
     assert run.history["status"]["status_str"] == "error"
     assert not run.history["outputs"]
     assert client.alive(collect=True)["LayerCache"] == 0
-    # 24 pictures, byte for byte: a single token drawn otherwise shows.
+    # 8 pictures, byte for byte: a single token drawn otherwise shows.
     assert client.run(long_prompt).pictures() == pictures
 
 

@@ -13,14 +13,14 @@ from star_core.star import SHIPPED
 OPTIONS = ("--cache-classic",)
 
 MIB = 2**20
-BATCH = 16
+BATCH = 4
 WARM_UP, PROMPTS = 5, 20
 KEYS = BATCH * 2 * (1 + 4 + 9 + 16 + 25 + 36 + 64 + 100 + 169) * 256 * 2 * 9 * 4
 """Bytes of a prompt's keys and values: pictures and twins, positions but the last scale's, width, two, blocks,
 float32."""
 GROWTH = 24 * MIB
 """What a process may grow through its allocator alone over twenty prompts. Tensors are counted to the byte
-beside it; this is for what is not one. A single leaked cache is 238 MiB."""
+beside it; this is for what is not one. A single leaked cache is 60 MiB."""
 NETWORKS = {"Networks": 1, "VQVAE": 1, "TextEncoder": 1}
 
 
