@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -27,18 +27,25 @@ log = logging.getLogger(__name__)
 LARGEST_GRADIENT = 2.0
 
 
+Number = TypeVar("Number", int, float)
+
+
+def _number(text: str, kind: Callable[[str], Number]) -> Number:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+
+
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
+    if (number := _number(text, int)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is no number of steps: give 1 or more")
     return number
 
 
 def positive_time(text: str) -> float:
     """Return an option's seconds or minutes. Raises argparse.ArgumentTypeError where no time is left."""
-    try:
-        found = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+    found = _number(text, float)
     if not found > 0:
         raise argparse.ArgumentTypeError(f"{text} leaves no time: give more than 0")
     return found
@@ -46,10 +53,7 @@ def positive_time(text: str) -> float:
 
 def share(text: str) -> float:
     """Return an option's share. Raises argparse.ArgumentTypeError for one that is not from 0 to below 1."""
-    try:
-        found = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+    found = _number(text, float)
     if not 0 <= found < 1:
         raise argparse.ArgumentTypeError(f"{text} is no share: give 0 to below 1")
     return found
@@ -57,17 +61,14 @@ def share(text: str) -> float:
 
 def number_of_scales(text: str) -> int:
     """Return an option's number of scales. Raises argparse.ArgumentTypeError for one below 0."""
-    if (number := int(text)) < 0:
+    if (number := _number(text, int)) < 0:
         raise argparse.ArgumentTypeError(f"{number} is no number of scales: give 0 or more")
     return number
 
 
 def training_seed(text: str) -> int:
     """Return an option's seed. Raises argparse.ArgumentTypeError for one that generators do not take."""
-    try:
-        found = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+    found = _number(text, int)
     if not 0 <= found < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is no seed: give 0 to {2**32 - 1}")
     return found

@@ -449,6 +449,8 @@ def test_a_run_ends_when_its_time_is_up_saves_and_goes_on(data, tokenizer_run, t
         ("--corruption", "nan", "nan is no share"),
         ("--corruption", "few", "few is no number"),
         ("--windowed-scales", "-1", "-1 is no number of scales"),
+        ("--windowed-scales", "few", "few is no number"),
+        ("--steps", "many", "many is no number"),
     ],
 )
 def test_a_run_of_no_length_or_seed_is_refused(option, value, said, capsys):
