@@ -86,6 +86,22 @@ class CausalSampler(nn.Module):
         with torch.no_grad():
             self.head.weight.mul_(0.02)
 
+    @torch.no_grad()
+    def begin_as(self, head: nn.Linear, feature_deviation: float) -> None:
+        """Let an initialised sampler say exactly what the transformer says, whatever is known.
+
+        head: the transformer's. feature_deviation: that of its features, which come in brought to about 1, so
+        that known tokens need not grow to their size before they are heard. Blocks add nothing yet.
+        """
+        self.head.load_state_dict(head.state_dict())
+        width = self.fuse.out_features
+        self.fuse.weight[:, :width].zero_()
+        self.fuse.weight[:, width:].copy_(torch.eye(width) / feature_deviation)
+        for block in self.blocks:
+            assert isinstance(block, SelfBlock), "every block of the sampler is without text"
+            block.attn.proj.weight.zero_()
+            block.ffn.contract.weight.zero_()
+
 
 def unmask_counts(steps: int, tokens: int) -> list[int]:
     """Return how many of `tokens` positions each step fixes: the arccos schedule of the released code.

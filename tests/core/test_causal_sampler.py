@@ -342,3 +342,18 @@ def test_fresh_weights_depend_on_the_generator_alone(paired: object):
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name])
         assert torch.isfinite(value).all()
+
+
+def test_a_sampler_can_begin_as_the_transformer_whatever_is_known(paired: object):
+    codes, features, pooled, rotation = head_inputs(paired)
+    features = 12 * features
+    sampler = CausalSampler(paired.config.transformer)
+    sampler.initialise(torch.Generator().manual_seed(0))
+    sampler.begin_as(paired.transformer.head, 12.0)
+    wanted = paired.transformer.logits(features)
+    for known in (codes, torch.zeros_like(codes)):
+        torch.testing.assert_close(sampler(known, features, pooled, 2, rotation), wanted, atol=1e-4, rtol=1e-4)
+    logits = sampler(codes, features, pooled, 2, rotation)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(24, dtype=torch.long)).backward()
+    for name in ("fuse.weight", "blocks.0.attn.proj.weight", "blocks.0.ffn.contract.weight", "head.weight"):
+        assert sampler.get_parameter(name).grad.abs().max() > 0, f"{name} cannot learn"
