@@ -28,7 +28,7 @@ from ..presets import read_schedule
 from ..star import SHIPPED, STAR_FILE, VQVAE_FILE
 from .assemble import assemble, text_width
 from .emoji import EmojiSet
-from .run import positive_time, training_seed
+from .options import positive_time, training_seed
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,8 @@
 
 Where the released training differs from how its head is used, this one follows the use: every scale is seen
 alone with its start position (not all refined scales under one mask), the empty map is among the lessons,
-there is no extra class for known tokens, and no DropPath.
+there is no extra class for known tokens, and no DropPath. It begins as the transformer it refines: what it has
+to learn is what known tokens add.
 """
 
 from __future__ import annotations
@@ -28,27 +29,24 @@ from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Transformer
 from .emoji import EmojiSet
-from .lessons import PLAIN_VARIANTS, Lesson, Lessons, add_corruption_argument, run_folder_file
-from .recorded import RecordedStep, recorder_for
-from .run import (
-    Average,
-    Checkpoint,
+from .lessons import PLAIN_VARIANTS, Lesson, Lessons, lessons_for, run_folder_file, training_plans
+from .optimizers import descend, muon_and_adamw
+from .options import (
     add_compile_argument,
+    add_corruption_argument,
     add_run_arguments,
     add_workers_argument,
-    compile_blocks,
-    descend,
-    precision,
-    rate_at,
-    restore,
-    set_rate,
-    shuffled_batches,
+    at_least_one,
 )
-from .transformer import attention_kernel, optimizers
+from .recorded import RecordedStep, recorder_for
+from .run import Average, TrainingRun, compile_blocks, device_of, precision
+from .transformer import attention_kernel
 
 log = logging.getLogger(__name__)
 
 IGNORED = -100
+FEW = 32
+"""Pictures that tell how large features are."""
 EMPTY_SHARE = 0.15
 """How often a lesson's map is empty, as inference begins: the arccos share alone is rarely below 0.1."""
 
@@ -70,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="renderings of each picture: as it is, then mirrored; more are not for this stage",
     )
     add_corruption_argument(parser)
+    parser.add_argument(
+        "--masks",
+        type=at_least_one("masks"),
+        default=2,
+        help="how often a step shows each picture, under another mask: the transformer's features are most of"
+        " its work, and are the same",
+    )
     parser.add_argument("--sampler-depth", type=int, default=2)
     parser.add_argument(
         "--schedule", help="the checkpoint's own schedule, by name or text (default: the transformer's)"
@@ -102,18 +107,28 @@ class SamplerLessons:
         )
         return found
 
+    def feature_deviation(self) -> float:
+        """Return the standard deviation of features on held-out pictures, all refined scales together."""
+        features = self.features(self.lessons.held_out(FEW))
+        return features[:, sum(self.lengths[: self.first]) :].std().item()
+
     def known(self, batch: int, rng: np.random.Generator) -> list[Tensor]:
         """Return which tokens (B, n) of each refined scale a lesson shows, on the lessons' device."""
         shown = [known_mask(batch, length, rng) for length in self.lengths[self.first :]]
         return [upload(mask, self.lessons.device) for mask in shown]
 
-    def loss(self, sampler: CausalSampler, lesson: Lesson, known: Sequence[Tensor]) -> Tensor:
-        """Return the cross-entropy in nats on the unknown tokens of all refined scales."""
-        features = self.features(lesson).split(self.lengths, dim=1)
+    def loss(self, sampler: CausalSampler, lesson: Lesson, features: Tensor, known: Sequence[Tensor]) -> Tensor:
+        """Return the cross-entropy in nats on the unknown tokens of all refined scales.
+
+        known: (m B, n) of each refined scale; more rows than the lesson's show it again, under other masks.
+        """
+        again = len(known[0]) // len(features)
+        lesson, features = lesson.repeated(again), features.repeat(again, 1, 1)
+        parts = features.split(self.lengths, dim=1)
         tokens = lesson.tokens.split(self.lengths, dim=1)
-        total: Tensor = features[0].new_zeros(())
+        total: Tensor = features.new_zeros(())
         for scale, shown in enumerate(known, start=self.first):
-            logits = self.logits(sampler, tokens[scale], shown, features[scale], lesson, scale)
+            logits = self.logits(sampler, tokens[scale], shown, parts[scale], lesson, scale)
             wanted = tokens[scale].masked_fill(shown, IGNORED)
             total = total + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
         return total / len(known)
@@ -139,82 +154,61 @@ class SamplerLessons:
 
 def run(args: argparse.Namespace) -> None:
     """Train, resuming where a checkpoint is, and export transformer and sampler as `star.safetensors`."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = device_of(args)
     base, networks = load_networks(run_folder_file(args.transformer_run, "star.safetensors"), device=device)
+    config = make_config(args, base)  # a wrong schedule is refused before anything is trained
+    data = EmojiSet.load(args.data, args.size)
+    vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
+    text_encoder = load_text_encoder(args.text, device=device)
+    lessons = lessons_for(args, data, vqvae, text_encoder, config.maps, min(args.variants, PLAIN_VARIANTS))
+    teaching = SamplerLessons(networks.transformer, lessons)
+    sampler = CausalSampler(config.transformer)
+    sampler.initialise(torch.Generator().manual_seed(args.seed))
+    sampler.to(device).begin_as(networks.transformer.head, teaching.feature_deviation())
+    compile_blocks(args, [*networks.transformer.blocks, *sampler.blocks])
+    optimizers = muon_and_adamw(sampler, args, device)
+    training = TrainingRun(args, sampler, optimizers)
+    if training.resume() is None:
+        log.info("held-out loss %.3f, the transformer's", held_out_loss(teaching, sampler))
+
+    def save() -> None:
+        averaged = export(training.average, config, networks.transformer, args.run).to(device)
+        training.save()
+        log.info("step %d held-out loss %.3f", training.step, held_out_loss(teaching, averaged))
+
+    def learn(*batch: Tensor) -> tuple[Tensor, ...]:
+        """Take in a lesson's tensors, and which tokens of each refined scale are known."""
+        lesson, known = Lesson.of(batch)
+        with precision(args):
+            features = teaching.features(lesson)
+            with attention_kernel(device):
+                loss = teaching.loss(sampler, lesson, features, known)
+        descend(loss, sampler, optimizers)
+        return (loss.detach(),)
+
+    learn_step = RecordedStep(learn, recorder_for(device))
+    for step in training.steps(training_plans(args, lessons, training.step), save):
+        plan = step.batch
+        lesson = lessons.lesson(plan, step.number, settled=True)
+        rng = np.random.default_rng([args.seed, step.number, 1])
+        known = teaching.known(args.masks * len(plan.pictures), rng)
+        (loss,) = learn_step(*lesson.tensors(), *known)
+        if step.told:
+            training.tell(f"loss {loss.item():.3f}")
+
+
+def make_config(args: argparse.Namespace, base: StarConfig) -> StarConfig:
+    """Return the configuration of a transformer's file with a sampler beside it.
+
+    Raises ValueError for a schedule that does not fit the model.
+    """
     if args.schedule is not None:
-        read_schedule(args.schedule, base.maps)  # refused before anything is trained
-    config = dataclasses.replace(
+        read_schedule(args.schedule, base.maps)
+    return dataclasses.replace(
         base,
         transformer=dataclasses.replace(base.transformer, sampler_depth=args.sampler_depth),
         schedule=args.schedule or base.schedule,
     )
-    data = EmojiSet.load(args.data, args.size)
-    vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
-    text_encoder = load_text_encoder(args.text, device=device)
-    lessons = Lessons(
-        data,
-        vqvae,
-        text_encoder,
-        config.maps,
-        device,
-        variants=min(args.variants, PLAIN_VARIANTS),
-        corruption=args.corruption,
-        seed=args.seed,
-    )
-    teaching = SamplerLessons(networks.transformer, lessons)
-    sampler = CausalSampler(config.transformer)
-    sampler.initialise(torch.Generator().manual_seed(args.seed))
-    sampler.to(device)
-    compile_blocks(args, [*networks.transformer.blocks, *sampler.blocks])
-    made = optimizers(sampler, args, device)
-    average = Average(sampler, 0.998)
-    checkpoint = Checkpoint(args.run / "checkpoint.pt")
-    if state := checkpoint.load():
-        restore(sampler, made, state, args.run)
-        average.resume(state["average"], checkpoint.step)
-
-    def save() -> None:
-        averaged = export(average, config, networks.transformer, args.run).to(device)
-        checkpoint.save(
-            {
-                "model": sampler.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in made],
-                "average": average.state,
-            }
-        )
-        log.info("step %d held-out loss %.3f", checkpoint.step, held_out_loss(teaching, averaged))
-
-    def learn(*batch: Tensor) -> tuple[Tensor, ...]:
-        """Take in a lesson's tensors, and which tokens (B, n) of each refined scale are known."""
-        lesson, known = Lesson.of(batch)
-        with precision(args), attention_kernel(device):
-            loss = teaching.loss(sampler, lesson, known)
-        descend(loss, sampler, made)
-        return (loss.detach(),)
-
-    learn_step = RecordedStep(learn, recorder_for(device))
-    train = torch.from_numpy(data.indices("train"))
-    shuffled = shuffled_batches(len(train), args.batch, args.seed, checkpoint.step)
-    batches = (train[batch] for batch in shuffled)
-    for plan in lessons.planner.plans(batches, checkpoint.step, args.workers):
-        step, done = checkpoint.step, checkpoint.done(args)
-        if done >= 1:
-            break
-        lesson = lessons.lesson(plan, step, settled=True)
-        rng = np.random.default_rng([args.seed, step, 1])
-        for optimizer in made:
-            set_rate(optimizer, rate_at(step, done, args.rate))
-        (loss,) = learn_step(*lesson.tensors(), *teaching.known(len(plan.pictures), rng))
-        average.update(sampler)
-        checkpoint.step += 1
-        if step % args.log_every == 0:
-            log.info("step %d %.0f s loss %.3f", step, checkpoint.total_seconds(), loss.item())
-        if checkpoint.step % args.save_every == 0:
-            save()
-    if checkpoint.step > checkpoint.saved:
-        save()
 
 
 @torch.no_grad()
@@ -222,7 +216,7 @@ def held_out_loss(teaching: SamplerLessons, sampler: CausalSampler, count: int =
     """Return the loss on held-out pictures with their plain captions, under fixed masks."""
     lesson = teaching.lessons.held_out(count)
     known = teaching.known(len(lesson.tokens), np.random.default_rng(0))
-    return teaching.loss(sampler, lesson, known).item()
+    return teaching.loss(sampler, lesson, teaching.features(lesson), known).item()
 
 
 def export(average: Average, config: StarConfig, transformer: Transformer, folder: Path) -> CausalSampler:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .augmentation import gathered
-from .run import adamw, recordable
+from .optimizers import adamw, recordable
 
 RATE = 1e-3
 """Of its optimizer: a few times the decoder's, since the heads are new when the decoder is not."""

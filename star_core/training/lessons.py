@@ -22,7 +22,7 @@ from ..vqvae import VQVAE
 from .augmentation import Moved, may_be_mirrored
 from .captions import plain_caption, random_caption
 from .emoji import EmojiSet, Record
-from .run import PictureStore, generator_of, share
+from .run import PictureStore, generator_of, shuffled_batches
 from .self_correction import TokenCorruption
 
 ENCODE_BATCH = 256
@@ -56,6 +56,11 @@ class Lesson:
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all of it, for a recorded step."""
         return self.tokens, self.inputs, self.text.hidden, self.text.mask, self.text.pooled
+
+    def repeated(self, times: int) -> Lesson:
+        """Return the lesson (times B rows): all pictures, then all again."""
+        tokens, inputs, *text = (x.repeat(times, *[1] * (x.ndim - 1)) for x in self.tensors())
+        return Lesson(tokens, inputs, TextStates(*text))
 
     @classmethod
     def of(cls, batch: Sequence[Tensor]) -> tuple[Lesson, Sequence[Tensor]]:
@@ -174,6 +179,34 @@ class Lessons:
         return TextStates(states.last_hidden_state.float(), plan.mask, states.pooler_output.float())
 
 
+def lessons_for(
+    args: argparse.Namespace,
+    data: EmojiSet,
+    vqvae: VQVAE,
+    text_encoder: TextEncoder,
+    maps: tuple[TokenMap, ...],
+    variants: int,
+) -> Lessons:
+    """Return the lessons that a stage's options ask for."""
+    return Lessons(
+        data,
+        vqvae,
+        text_encoder,
+        maps,
+        torch.device(args.device),
+        variants=variants,
+        corruption=args.corruption,
+        seed=args.seed,
+    )
+
+
+def training_plans(args: argparse.Namespace, lessons: Lessons, first_step: int) -> Iterable[Plan]:
+    """Return the plans of all steps from `first_step` on, over the training pictures epoch by epoch."""
+    train = torch.from_numpy(lessons.data.indices("train"))
+    batches = (train[batch] for batch in shuffled_batches(len(train), args.batch, args.seed, first_step))
+    return lessons.planner.plans(batches, first_step, args.workers)
+
+
 @torch.no_grad()
 def encode_all(store: PictureStore, vqvae: VQVAE, moved: Moved | None = None) -> Tensor:
     """Return the features (N, D, h, w) of all pictures, as they are or moved, in float16 on their device."""
@@ -212,16 +245,6 @@ def window_positions(
             grid = grid[top : top + rows, left : left + columns]
         chosen.append(grid.flatten())
     return torch.cat(chosen)
-
-
-def add_corruption_argument(parser: argparse.ArgumentParser) -> None:
-    """Add how many tokens are wrong on the way to a lesson."""
-    parser.add_argument(
-        "--corruption",
-        type=share,
-        default=0.0,
-        help="largest share of a picture's tokens that are shown wrong, for the next scales to make up for",
-    )
 
 
 def run_folder_file(folder: Path, name: str) -> Path:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,74 +20,11 @@ from torch import Tensor, nn
 
 from ..transfer import upload
 from ..weights import read_pickle
+from .optimizers import rate_at, recordable, set_rate
 
 log = logging.getLogger(__name__)
 
-LARGEST_GRADIENT = 2.0
-
-
-Number = TypeVar("Number", int, float)
-
-
-def _number(text: str, kind: Callable[[str], Number]) -> Number:
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no number") from None
-
-
-def _positive(text: str) -> int:
-    if (number := _number(text, int)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is no number of steps: give 1 or more")
-    return number
-
-
-def positive_time(text: str) -> float:
-    """Return an option's seconds or minutes. Raises argparse.ArgumentTypeError where no time is left."""
-    found = _number(text, float)
-    if not found > 0:
-        raise argparse.ArgumentTypeError(f"{text} leaves no time: give more than 0")
-    return found
-
-
-def share(text: str) -> float:
-    """Return an option's share. Raises argparse.ArgumentTypeError for one that is not from 0 to below 1."""
-    found = _number(text, float)
-    if not 0 <= found < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share: give 0 to below 1")
-    return found
-
-
-def number_of_scales(text: str) -> int:
-    """Return an option's number of scales. Raises argparse.ArgumentTypeError for one below 0."""
-    if (number := _number(text, int)) < 0:
-        raise argparse.ArgumentTypeError(f"{number} is no number of scales: give 0 or more")
-    return number
-
-
-def training_seed(text: str) -> int:
-    """Return an option's seed. Raises argparse.ArgumentTypeError for one that generators do not take."""
-    found = _number(text, int)
-    if not 0 <= found < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is no seed: give 0 to {2**32 - 1}")
-    return found
-
-
-def add_workers_argument(parser: argparse.ArgumentParser) -> None:
-    """Add how many processes make captions."""
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that make captions ahead, for a fast GPU"
-    )
-
-
-def add_compile_argument(parser: argparse.ArgumentParser) -> None:
-    """Add whether the blocks' operations are fused."""
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="fuse the blocks' operations with torch.compile; on a CPU it needs a C++ compiler",
-    )
+Batch = TypeVar("Batch")
 
 
 def compile_blocks(args: argparse.Namespace, blocks: Iterable[nn.Module]) -> None:
@@ -102,44 +38,16 @@ def compile_blocks(args: argparse.Namespace, blocks: Iterable[nn.Module]) -> Non
             block.compile(dynamic=False)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
-    """Add the options that every stage has."""
-    parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and export")
-    parser.add_argument("--steps", type=_positive, default=steps, help="total steps, resumed ones too")
-    parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--rate", type=float, default=rate, help="peak learning rate")
-    parser.add_argument("--seed", type=training_seed, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    parser.add_argument("--log-every", type=int, default=20, help="steps between lines of progress")
-    parser.add_argument(
-        "--time-limit",
-        type=positive_time,
-        default=math.inf,
-        help="seconds of training after which the run ends, before its steps: for a machine lent for minutes",
-    )
-    parser.add_argument(
-        "--bfloat16",
-        action="store_true",
-        help="forward passes under bfloat16 autocast, for processors that have it",
-    )
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Return where a stage trains, with as many threads as it may have."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return torch.device(args.device)
 
 
 def precision(args: argparse.Namespace) -> torch.autocast:
     """Return the context of a stage's forward passes: bfloat16 autocast where it was asked for."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bfloat16)
-
-
-def rate_at(step: int, done: float, peak: float, *, warmup: int = 100, decay: float = 0.4) -> float:
-    """Return the learning rate: linear warm-up, flat, then linear to 2 % over the last `decay` share.
-
-    done: the share of the run that is behind. The flat middle lets a finished run be resumed with more steps
-    without a second warm-up.
-    """
-    rise = min(1.0, (step + 1) / warmup)
-    fall = min(1.0, max(0.0, (1 - done) / decay))
-    return peak * rise * (0.02 + 0.98 * fall)
 
 
 class OwnPrecisionGroupNorm(nn.GroupNorm):
@@ -256,6 +164,71 @@ def generator_of(seed: int, step: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(number))
 
 
+class TrainingStep(NamedTuple, Generic[Batch]):
+    """A step to be made: its number, the share of the run that is behind, its batch, whether it is told of."""
+
+    number: int
+    done: float
+    batch: Batch
+    told: bool
+
+
+class TrainingRun:
+    """A network on its way: its optimizers, its averaged weights, the checkpoint that its run resumes from."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        network: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        keep: float = 0.998,
+    ) -> None:
+        self._args = args
+        self._network = network
+        self._optimizers = optimizers
+        self.average = Average(network, keep)
+        self.checkpoint = Checkpoint(args.run / "checkpoint.pt")
+
+    @property
+    def step(self) -> int:
+        """How many steps are made."""
+        return self.checkpoint.step
+
+    def resume(self) -> dict[str, Any] | None:
+        """Go on from the checkpoint and return all that it holds, None where there is none."""
+        state = self.checkpoint.load()
+        if state is not None:
+            restore(self._network, self._optimizers, state, self._args.run)
+            self.average.resume(state["average"], self.step)
+        return state
+
+    def save(self, **more: Any) -> None:
+        """Write the checkpoint, with what else a stage resumes from."""
+        optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
+        state = {"model": self._network.state_dict(), "optimizers": optimizers, "average": self.average.state}
+        self.checkpoint.save(state | more)
+
+    def steps(self, batches: Iterable[Batch], save: Callable[[], None]) -> Iterator[TrainingStep[Batch]]:
+        """Yield the steps that are left, with their learning rates set; `save` at times and at the end."""
+        for batch in batches:
+            step, done = self.step, self.checkpoint.done(self._args)
+            if done >= 1:
+                break
+            for optimizer in self._optimizers:
+                set_rate(optimizer, rate_at(step, done, self._args.rate))
+            yield TrainingStep(step, done, batch, step % self._args.log_every == 0)
+            self.average.update(self._network)
+            self.checkpoint.step += 1
+            if self.step % self._args.save_every == 0:
+                save()
+        if self.step > self.checkpoint.saved:
+            save()
+
+    def tell(self, figures: str) -> None:
+        """Log a step's figures, with its number and the run's seconds."""
+        log.info("step %d %.0f s %s", self.step, self.checkpoint.total_seconds(), figures)
+
+
 class PictureStore:
     """All pictures, uint8 (N, H, W, 3), on the device that trains: a step copies none over."""
 
@@ -270,33 +243,6 @@ class PictureStore:
         if isinstance(indices, Tensor):
             indices = upload(indices, self._pictures.device)
         return self._pictures[indices].permute(0, 3, 1, 2).float().div(127.5).sub(1)
-
-
-def adamw(
-    parameters: Iterable[Tensor], rate: float, device: torch.device, *, betas: tuple[float, float], decay: float
-) -> torch.optim.AdamW:
-    """Return AdamW, whose steps can be recorded on a GPU."""
-    on_gpu = device.type == "cuda"
-    made = torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=decay, capturable=on_gpu)
-    return recordable(made, device)
-
-
-Made = TypeVar("Made", bound=torch.optim.Optimizer)
-
-
-def recordable(optimizer: Made, device: torch.device) -> Made:
-    """Return an optimizer, new or loaded, with what changes from step to step where a recorded step reads it:
-    rates and numbers of steps in tensors on a GPU."""
-    on_gpu = device.type == "cuda"
-    for group in optimizer.param_groups:
-        rate = float(group["lr"])
-        group["lr"] = torch.tensor(rate, device=device) if on_gpu else rate
-        if "capturable" in group:
-            group["capturable"] = on_gpu
-    for state in optimizer.state.values():
-        if "step" in state:
-            state["step"] = state["step"].to(device)
-    return optimizer
 
 
 def restore(
@@ -315,26 +261,8 @@ def restore(
             " it began with, or another --run"
         ) from None
     device = next(network.parameters()).device
-    for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+    # Runs of the tokenizer and the decoder had a single one once.
+    kept = state["optimizers"] if "optimizers" in state else [state["optimizer"]]
+    for optimizer, stored in zip(optimizers, kept, strict=True):
         optimizer.load_state_dict(stored)
         recordable(optimizer, device)
-
-
-def descend(loss: Tensor, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Make a step down a loss's gradient, whose norm is cut to LARGEST_GRADIENT."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), LARGEST_GRADIENT)
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set every group's learning rate to rate times the group's own factor."""
-    for group in optimizer.param_groups:
-        own = rate * group.get("factor", 1.0)
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(own)
-        else:
-            group["lr"] = own

@@ -30,8 +30,10 @@ from ..weights import save_tensors
 from .bpe import END_ID, MAX_TOKENS, START_ID, VOCABULARY, read_merges, write_tokenizer
 from .minilm import WIDTH as TEACHER_WIDTH
 from .minilm import load_minilm
+from .optimizers import rate_at, set_rate
+from .options import add_run_arguments
 from .packages import asset_path
-from .run import Checkpoint, add_run_arguments, rate_at, set_rate
+from .run import Checkpoint
 from .text_corpus import SHARES, Batch, Corpus, draw_batch, gather_corpus, word
 from .wording import STYLES, Wording
 

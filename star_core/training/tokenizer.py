@@ -17,20 +17,17 @@ from ..vqvae import VQVAE
 from ..weights import save_vqvae
 from .augmentation import augmented
 from .emoji import EmojiSet
+from .optimizers import adamw, descend
+from .options import add_run_arguments
 from .packages import asset_path
 from .recorded import RecordedStep, recorder_for
 from .run import (
     Average,
-    Checkpoint,
     PictureStore,
-    adamw,
-    add_run_arguments,
-    descend,
+    TrainingRun,
+    device_of,
     operations_for,
     precision,
-    rate_at,
-    restore,
-    set_rate,
     shuffled_batches,
 )
 
@@ -146,13 +143,9 @@ def psnr(drawn: Tensor, real: Tensor) -> float:
     return float((-10 * error.log10()).mean())
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train, resuming where a checkpoint is, and export `vqvae.safetensors`."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    torch.default_generator.manual_seed(args.seed)  # a training command owns its process
-    config = VQVAEConfig(
+def make_config(args: argparse.Namespace) -> VQVAEConfig:
+    """Return the configuration that a run's options ask for."""
+    return VQVAEConfig(
         args.channels,
         tuple(args.multipliers),
         args.residual_blocks,
@@ -160,41 +153,40 @@ def run(args: argparse.Namespace) -> None:
         args.code_width,
         args.norm_groups,
     )
-    maps = square_maps(args.sides)
+
+
+def resume(args: argparse.Namespace, training: TrainingRun) -> None:
+    """Go on from a run's checkpoint, where there is one. Raises ValueError for one of other scales."""
+    state = training.resume()
+    if state is not None and state.get("sides", args.sides) != args.sides:
+        began = " ".join(map(str, state["sides"]))
+        raise ValueError(f"the run in {args.run} was begun with --sides {began}: give those, or another --run")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, resuming where a checkpoint is, and export `vqvae.safetensors`."""
+    device = device_of(args)
+    torch.default_generator.manual_seed(args.seed)  # a training command owns its process
+    config, maps = make_config(args), square_maps(args.sides)
     data = EmojiSet.load(args.data, args.size)
-    train, held_out = data.indices("train"), data.indices("pairs")[:128]
+    train, held_out = torch.from_numpy(data.indices("train")), torch.from_numpy(data.indices("pairs")[:128])
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
     weights = args.perceptual, args.perceptual_share
     trainer = Tokenizer(config, maps, perceptual, precision(args), *weights, operations_for(device))
     trainer.vqvae.to(device)
     optimizer = adamw(trainer.vqvae.parameters(), args.rate, device, betas=(0.9, 0.95), decay=0.01)
-    average = Average(trainer.vqvae, 0.998)
-    checkpoint = Checkpoint(args.run / "checkpoint.pt")
-    if state := checkpoint.load():
-        if state.get("sides", args.sides) != args.sides:
-            began = " ".join(map(str, state["sides"]))
-            raise ValueError(
-                f"the run in {args.run} was begun with --sides {began}: give those, or another --run"
-            )
-        restore(trainer.vqvae, [optimizer], {**state, "optimizers": [state["optimizer"]]}, args.run)
-        average.resume(state["average"], checkpoint.step)
+    training = TrainingRun(args, trainer.vqvae, [optimizer])
+    resume(args, training)
     pictures_of = PictureStore(data.pictures, device)
-    real = pictures_of.take(torch.from_numpy(held_out))
+    real = pictures_of.take(held_out)
 
     def save() -> None:
-        export(average, config, args.run)
-        checkpoint.save(
-            {
-                "model": trainer.vqvae.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average.state,
-                "sides": args.sides,
-            }
-        )
+        export(training.average, config, args.run)
+        training.save(sides=args.sides)
         averaged = VQVAE(config).to(device).eval()
-        averaged.load_state_dict(average.state)
+        averaged.load_state_dict(training.average.state)
         drawn = reconstruct(averaged, real, maps)
-        log.info("step %d held-out PSNR %.2f dB", checkpoint.step, psnr(drawn, real))
+        log.info("step %d held-out PSNR %.2f dB", training.step, psnr(drawn, real))
 
     def learn(pictures: Tensor, *, perceptual: bool) -> tuple[Tensor, ...]:
         """Take in pictures (B, 3, H, W)."""
@@ -203,27 +195,18 @@ def run(args: argparse.Namespace) -> None:
         return parts
 
     learn_step = RecordedStep(learn, recorder_for(device))
-    generator = torch.Generator().manual_seed(args.seed + checkpoint.step)
-    for batch in shuffled_batches(len(train), args.batch, args.seed, checkpoint.step):
-        step, done = checkpoint.step, checkpoint.done(args)
-        if done >= 1:
-            break
-        set_rate(optimizer, rate_at(step, done, args.rate))
-        pictures = augmented(pictures_of.take(torch.from_numpy(train[batch.numpy()])), generator)
+    generator = torch.Generator().manual_seed(args.seed + training.step)
+    batches = shuffled_batches(len(train), args.batch, args.seed, training.step)
+    for step in training.steps(batches, save):
+        pictures = augmented(pictures_of.take(train[step.batch]), generator)
         pictures = pictures.contiguous(memory_format=torch.channels_last)
-        parts = learn_step(pictures, perceptual=step > LPIPS_FROM)
-        average.update(trainer.vqvae)
-        checkpoint.step += 1
+        parts = learn_step(pictures, perceptual=step.number > LPIPS_FROM)
         # Early and often, then rarely: a codebook that starts dead stays dead otherwise.
-        if (step in (10, 30, 60) or (step + 1) % RESEED_EVERY == 0) and done < RESEED_UNTIL:
-            log.info("step %d: %d codes moved", step, trainer.reseed(pictures, generator))
-        if step % args.log_every == 0:
-            shown = " ".join(f"{k} {v.item():.4g}" for k, v in zip(LOSSES, parts, strict=False))
-            log.info("step %d %.0f s %s", step, checkpoint.total_seconds(), shown)
-        if checkpoint.step % args.save_every == 0:
-            save()
-    if checkpoint.step > checkpoint.saved:
-        save()
+        often = step.number in (10, 30, 60) or (step.number + 1) % RESEED_EVERY == 0
+        if often and step.done < RESEED_UNTIL:
+            log.info("step %d: %d codes moved", step.number, trainer.reseed(pictures, generator))
+        if step.told:
+            training.tell(" ".join(f"{k} {v.item():.4g}" for k, v in zip(LOSSES, parts, strict=False)))
 
 
 def export(average: Average, config: VQVAEConfig, folder: Path) -> None:

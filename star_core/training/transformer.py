@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
@@ -24,27 +24,24 @@ from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Places, Transformer
 from .emoji import EmojiSet
-from .lessons import Lesson, Lessons, add_corruption_argument, run_folder_file, window_positions
-from .muon import Muon
-from .recorded import RecordedStep, recorder_for
-from .run import (
-    Average,
-    Checkpoint,
-    adamw,
+from .lessons import (
+    Lesson,
+    Lessons,
+    lessons_for,
+    run_folder_file,
+    training_plans,
+    window_positions,
+)
+from .optimizers import descend, muon_and_adamw
+from .options import (
     add_compile_argument,
+    add_corruption_argument,
     add_run_arguments,
     add_workers_argument,
-    compile_blocks,
-    descend,
-    generator_of,
     number_of_scales,
-    precision,
-    rate_at,
-    recordable,
-    restore,
-    set_rate,
-    shuffled_batches,
 )
+from .recorded import RecordedStep, recorder_for
+from .run import Average, TrainingRun, compile_blocks, device_of, generator_of, precision
 
 log = logging.getLogger(__name__)
 
@@ -88,22 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start", type=Path, help="star.safetensors to go on from, where the run has no checkpoint yet"
     )
-
-
-def optimizers(
-    network: nn.Module, args: argparse.Namespace, device: torch.device
-) -> list[torch.optim.Optimizer]:
-    """Return Muon over the blocks' matrices and AdamW over everything else."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        inner = "blocks." in name and parameter.ndim == 2
-        (matrices if inner else others).append(parameter)
-    dtype = torch.bfloat16 if args.bfloat16 else None
-    return [
-        recordable(Muon(matrices, args.rate, weight_decay=0.05, dtype=dtype), device),
-        adamw(others, args.rate, device, betas=(0.9, 0.95), decay=0.05),
-    ]
 
 
 def attention_kernel(device: torch.device) -> AbstractContextManager[Any]:
@@ -162,41 +143,40 @@ def start_from(transformer: Transformer, path: Path) -> None:
     transformer.load_state_dict(networks.transformer.state_dict())
 
 
+def first_weights(args: argparse.Namespace, config: TransformerConfig) -> Transformer:
+    """Return the transformer that a new run begins with: fresh, or that of a file."""
+    transformer = Transformer(config)
+    transformer.initialise(torch.Generator().manual_seed(args.seed))
+    if args.start is not None:
+        start_from(transformer, args.start)
+    return transformer
+
+
+def windows(args: argparse.Namespace, lessons: Lessons, step: int, done: float) -> list[Tensor]:
+    """Return the positions (K,) that a step is about, or none where it is about all."""
+    if done >= 1 - WHOLE_SHARE:
+        return []
+    generator = generator_of(args.seed, step, WINDOWS)
+    window = window_positions(lessons.maps, args.windowed_scales, args.window, generator)
+    return [upload(window, lessons.device)]
+
+
 def run(args: argparse.Namespace) -> None:
     """Train, resuming where a checkpoint is, and export `star.safetensors`."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = device_of(args)
     vqvae_file = run_folder_file(args.tokenizer_run, "vqvae.safetensors")
     text_encoder = load_text_encoder(args.text, device=device)
     config = make_config(args, text_encoder.width, vqvae_file)
     data = EmojiSet.load(args.data, args.size)
     vqvae = load_vqvae(vqvae_file, device=device)
-    lessons = Lessons(
-        data,
-        vqvae,
-        text_encoder,
-        config.maps,
-        device,
-        variants=args.variants,
-        corruption=args.corruption,
-        seed=args.seed,
-    )
-    log.info(
-        "%d renderings of %d pictures, %d tokens each", *lessons.features.shape[:2], token_count(config.maps)
-    )
-    transformer = Transformer(config.transformer)
-    transformer.initialise(torch.Generator().manual_seed(args.seed))
-    if args.start is not None:
-        start_from(transformer, args.start)
-    transformer.to(device)
+    lessons = lessons_for(args, data, vqvae, text_encoder, config.maps, args.variants)
+    length = token_count(config.maps)
+    log.info("%d renderings of %d pictures, %d tokens each", *lessons.features.shape[:2], length)
+    transformer = first_weights(args, config.transformer).to(device)
     compile_blocks(args, transformer.blocks)
-    made = optimizers(transformer, args, device)
-    average = Average(transformer, 0.998)
-    checkpoint = Checkpoint(args.run / "checkpoint.pt")
-    if state := checkpoint.load():
-        restore(transformer, made, state, args.run)
-        average.resume(state["average"], checkpoint.step)
+    optimizers = muon_and_adamw(transformer, args, device)
+    training = TrainingRun(args, transformer, optimizers)
+    training.resume()
     places = transformer.places(config.maps, device)
 
     def learn(*batch: Tensor) -> tuple[Tensor, ...]:
@@ -205,59 +185,25 @@ def run(args: argparse.Namespace) -> None:
         window = next(iter(rest), None)
         with precision(args), attention_kernel(device):
             loss = loss_of(transformer, lesson, config.maps, window, places)
-        descend(loss, transformer, made)
+        descend(loss, transformer, optimizers)
         return (loss.detach(),)
 
-    learn_step = RecordedStep(learn, recorder_for(device))
-
     def save() -> None:
-        averaged = export(average, config, args.run)
-        checkpoint.save(
-            {
-                "model": transformer.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in made],
-                "average": average.state,
-            }
-        )
+        averaged = export(training.average, config, args.run)
+        training.save()
         losses = held_out_loss(averaged.to(device), lessons)
-        log.info(
-            "step %d held-out loss %.3f, per scale %s",
-            checkpoint.step,
-            float(np.average(losses, weights=[h * w for h, w in config.maps])),
-            " ".join(f"{value:.2f}" for value in losses),
-        )
+        mean = np.average(losses, weights=[h * w for h, w in config.maps])
+        per_scale = " ".join(f"{value:.2f}" for value in losses)
+        log.info("step %d held-out loss %.3f, per scale %s", training.step, mean, per_scale)
 
-    train = torch.from_numpy(data.indices("train"))
-    shuffled = shuffled_batches(len(train), args.batch, args.seed, checkpoint.step)
-    batches = (train[batch] for batch in shuffled)
-    for plan in lessons.planner.plans(batches, checkpoint.step, args.workers):
-        step, done = checkpoint.step, checkpoint.done(args)
-        if done >= 1:
-            break
-        lesson = lessons.lesson(plan, step, settled=done >= 1 - SETTLED_SHARE)
-        windows = []
-        if done < 1 - WHOLE_SHARE:
-            generator = generator_of(args.seed, step, WINDOWS)
-            window = window_positions(config.maps, args.windowed_scales, args.window, generator)
-            windows.append(upload(window, device))
-        for optimizer in made:
-            set_rate(optimizer, rate_at(step, done, args.rate))
-        (loss,) = learn_step(*lesson.tensors(), *windows)
-        average.update(transformer)
-        checkpoint.step += 1
-        if step % args.log_every == 0:
-            tokens = len(windows[0]) if windows else token_count(config.maps)
-            log.info(
-                "step %d %.0f s loss %.3f (%d tokens)",
-                step,
-                checkpoint.total_seconds(),
-                loss.item(),
-                tokens,
-            )
-        if checkpoint.step % args.save_every == 0:
-            save()
-    if checkpoint.step > checkpoint.saved:
-        save()
+    learn_step = RecordedStep(learn, recorder_for(device))
+    plans = training_plans(args, lessons, training.step)
+    for step in training.steps(plans, save):
+        lesson = lessons.lesson(step.batch, step.number, settled=step.done >= 1 - SETTLED_SHARE)
+        window = windows(args, lessons, step.number, step.done)
+        (loss,) = learn_step(*lesson.tensors(), *window)
+        if step.told:
+            training.tell(f"loss {loss.item():.3f} ({len(window[0]) if window else length} tokens)")
 
 
 def export(average: Average, config: StarConfig, folder: Path) -> Transformer:

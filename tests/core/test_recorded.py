@@ -11,8 +11,9 @@ from star_core.config import square_maps, token_count
 from star_core.graphs import Tapes
 from star_core.quantizer import MultiScaleQuantizer
 from star_core.training.muon import Muon
+from star_core.training.optimizers import set_rate
 from star_core.training.recorded import UNRECORDED, RecordedStep
-from star_core.training.run import OwnPrecisionGroupNorm, operations_for, set_rate
+from star_core.training.run import OwnPrecisionGroupNorm, operations_for
 from star_core.training.self_correction import NEIGHBOURS, TokenCorruption
 
 

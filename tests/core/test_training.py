@@ -16,7 +16,8 @@ from star_core.training.causal_sampler import EMPTY_SHARE, known_mask
 from star_core.training.emoji import Record
 from star_core.training.lessons import Planner, window_positions
 from star_core.training.muon import Muon, orthogonalise
-from star_core.training.run import Average, Checkpoint, PictureStore, rate_at, shuffled_batches
+from star_core.training.optimizers import rate_at
+from star_core.training.run import Average, Checkpoint, PictureStore, shuffled_batches
 
 MAPS = square_maps((1, 2, 3, 4, 6, 8))
 

@@ -17,7 +17,8 @@ from star_core.request import ScaleStep
 from star_core.rope import axial_rope_of_maps
 from star_core.star import SHIPPED, Options, load
 from star_core.text_encoder import load_text_encoder
-from star_core.training import causal_sampler, decoder, tokenizer, transformer
+from star_core.training import causal_sampler, decoder, tokenizer, transformer, versions
+from star_core.training import lessons as lessons_module
 from star_core.training.emoji import EmojiSet
 from star_core.training.lessons import Lessons
 from star_core.training.redrawn import redraw_last_scales
@@ -90,7 +91,8 @@ def transformer_run(data: Path, tokenizer_run: Path, tmp_path_factory: pytest.Te
 
 
 def killed_after(stage: ModuleType, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = stage.shuffled_batches
+    where = stage if hasattr(stage, "shuffled_batches") else lessons_module
+    whole = where.shuffled_batches
 
     def batches(count: int, batch: int, seed: int, first_step: int) -> Iterator[Tensor]:
         for number, indices in enumerate(whole(count, batch, seed, first_step), start=first_step):
@@ -98,7 +100,7 @@ def killed_after(stage: ModuleType, step: int, monkeypatch: pytest.MonkeyPatch) 
                 raise Killed
             yield indices
 
-    monkeypatch.setattr(stage, "shuffled_batches", batches)
+    monkeypatch.setattr(where, "shuffled_batches", batches)
 
 
 def assert_same_file(one: Path, other: Path) -> None:
@@ -181,6 +183,24 @@ def test_a_killed_sampler_run_ends_as_an_unbroken_one_and_keeps_the_transformer(
         assert torch.equal(value, frozen[name])
 
 
+def test_a_sampler_run_begins_as_the_transformer(data, tokenizer_run, transformer_run, tmp_path):
+    options = ["--tokenizer-run", str(tokenizer_run), "--transformer-run", str(transformer_run)]
+    options += ["--text", str(SHIPPED), "--sampler-depth", "1"]
+    run = train(causal_sampler, tmp_path / "run", data, *options, "--rate", "1e-6", steps=1)
+    model = load_networks(run / "star.safetensors")[1]
+    assert model.causal_sampler is not None
+    generator = torch.Generator().manual_seed(0)
+    features = 5 * torch.randn(2, 16, 64, generator=generator)
+    codes = torch.randn(2, 16, 4, generator=generator)
+    pooled = torch.randn(2, model.transformer.config.text_width, generator=generator)
+    rotation = model.transformer.rotations(((1, 1), (4, 4)))
+    with torch.no_grad():
+        found = model.causal_sampler(codes, features, pooled, 2, rotation)
+        wanted = model.transformer.logits(features)
+    assert wanted.std() > 0.01
+    assert (found - wanted).abs().max() < 0.02 * wanted.std()
+
+
 def test_the_decoder_stage_moves_the_decoder_alone(data, tokenizer_run, tmp_path):
     train(decoder, tmp_path, data, "--tokenizer-run", str(tokenizer_run), *SIDES, "--bfloat16")
     before = load_vqvae(tokenizer_run / "vqvae.safetensors").state_dict()
@@ -215,7 +235,7 @@ def test_a_killed_decoder_run_with_a_discriminator_ends_as_an_unbroken_one(data,
     assert_same_file(killed / "vqvae.safetensors", whole / "vqvae.safetensors")
     # The export is rounded to float16: what the run goes on from is not.
     ends = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, killed)]
-    for part in ("model", "optimizer", "average", "adversary"):
+    for part in ("model", "optimizers", "average", "adversary"):
         assert_same(ends[0][part], ends[1][part], part)
     assert ends[0]["adversary"]["steps"] == 4
     without = train(decoder, tmp_path / "without", data, *options[:-2])
@@ -268,7 +288,7 @@ def test_a_killed_decoder_run_on_drawn_tokens_ends_as_an_unbroken_one(
         with pytest.raises(Killed):
             train(decoder, tmp_path / "killed", data, *options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "redraw_last_scales", None)  # the pictures are not drawn a second time
+        patch.setattr(versions, "redraw_last_scales", None)  # the pictures are not drawn a second time
         killed = train(decoder, tmp_path / "killed", data, *options)
     assert_same_file(killed / "vqvae.safetensors", whole / "vqvae.safetensors")
     without = train(decoder, tmp_path / "without", data, *options[: -len(redrawing_options(transformer_run))])
@@ -313,11 +333,11 @@ def test_pictures_drawn_whole_are_judged_and_not_compared(data, tokenizer_run, t
 
 def test_every_version_is_seen_and_those_to_be_compared_come_first():
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([decoder.mixed_versions([True, True, False], 4, 6, generator) for _ in range(50)])
+    drawn = torch.stack([versions.mixed_versions([True, True, False], 4, 6, generator) for _ in range(50)])
     assert drawn.shape == (50, 6)
     assert set(drawn[:, :4].flatten().tolist()) == {0, 1}
     assert set(drawn[:, 4:].flatten().tolist()) == {2}
-    assert set(decoder.mixed_versions([True], 3, 3, generator).tolist()) == {0}
+    assert set(versions.mixed_versions([True], 3, 3, generator).tolist()) == {0}
 
 
 def test_a_decoder_run_from_before_there_were_versions_goes_on(data, tokenizer_run, tmp_path):

@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_where_it_was(
         if moment == "before a stage":
             patch.setattr(causal_sampler, "run", killed)
         elif moment == "within":
-            patch.setattr(transformer, "rate_at", killed)
+            patch.setattr(transformer, "loss_of", killed)
         elif moment == "while exporting":
             patch.setattr(
                 "star_core.weights.save_file", lambda t, part, m: (part.write_bytes(b"half"), killed())

@@ -14,6 +14,7 @@ from star_core.quantizer import BATCH_OF_PRODUCTS, enlarged
 from star_core.star import SHIPPED
 from star_core.training import causal_sampler, decoder, tokenizer, transformer
 from star_core.training.recorded import UNRECORDED, RecordedStep
+from star_core.training.run import Average
 
 SIDES = ["--sides", "1", "2", "4"]
 SMALL = [
@@ -61,7 +62,7 @@ class Trained:
         stage.add_arguments(parser)
         shared = ["--run", str(run), "--data", str(data), "--size", "32", "--device", device]
         shared += ["--steps", str(STEPS), "--batch", "6", "--save-every", "100", "--rate", "3e-3"]
-        average, call = stage.Average, RecordedStep.__call__
+        average, call = Average, RecordedStep.__call__
 
         def begun(network: nn.Module, keep: float) -> object:
             made = average(network, keep)
@@ -74,9 +75,9 @@ class Trained:
             return figures
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stage, "Average", begun)
+            patch.setattr("star_core.training.run.Average", begun)
             # No warm-up, under which ten steps would hardly move anything.
-            patch.setattr(stage, "rate_at", lambda step, done, peak: peak)
+            patch.setattr("star_core.training.run.rate_at", lambda step, done, peak: peak)
             patch.setattr(RecordedStep, "__call__", watched)
             stage.run(parser.parse_args([*shared, *options]))
         state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)

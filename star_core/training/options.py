@@ -1,0 +1,115 @@
+"""The options of training stages: what they have in common, and numbers that are refused in plain words."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Number = TypeVar("Number", int, float)
+
+
+def _number(text: str, kind: Callable[[str], Number]) -> Number:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+
+
+def at_least_one(what: str) -> Callable[[str], int]:
+    """Return an option's type: a number of something, 1 or more. Any other is an argparse.ArgumentTypeError."""
+
+    def read(text: str) -> int:
+        if (number := _number(text, int)) < 1:
+            raise argparse.ArgumentTypeError(f"{number} is no number of {what}: give 1 or more")
+        return number
+
+    return read
+
+
+def positive_time(text: str) -> float:
+    """Return an option's seconds or minutes. Raises argparse.ArgumentTypeError where no time is left."""
+    found = _number(text, float)
+    if not found > 0:
+        raise argparse.ArgumentTypeError(f"{text} leaves no time: give more than 0")
+    return found
+
+
+def share(text: str) -> float:
+    """Return an option's share. Raises argparse.ArgumentTypeError for one that is not from 0 to below 1."""
+    found = _number(text, float)
+    if not 0 <= found < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: give 0 to below 1")
+    return found
+
+
+def number_of_scales(text: str) -> int:
+    """Return an option's number of scales. Raises argparse.ArgumentTypeError for one below 0."""
+    if (number := _number(text, int)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is no number of scales: give 0 or more")
+    return number
+
+
+def training_seed(text: str) -> int:
+    """Return an option's seed. Raises argparse.ArgumentTypeError for one that generators do not take."""
+    found = _number(text, int)
+    if not 0 <= found < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: give 0 to {2**32 - 1}")
+    return found
+
+
+def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+    """Add how many processes make captions."""
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that make captions ahead, for a fast GPU"
+    )
+
+
+def add_compile_argument(parser: argparse.ArgumentParser) -> None:
+    """Add whether the blocks' operations are fused."""
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="fuse the blocks' operations with torch.compile; on a CPU it needs a C++ compiler",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
+    """Add the options that every stage has."""
+    parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and export")
+    parser.add_argument(
+        "--steps", type=at_least_one("steps"), default=steps, help="total steps, resumed ones too"
+    )
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--rate", type=float, default=rate, help="peak learning rate")
+    parser.add_argument("--seed", type=training_seed, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--log-every", type=int, default=20, help="steps between lines of progress")
+    parser.add_argument(
+        "--time-limit",
+        type=positive_time,
+        default=math.inf,
+        help="seconds of training after which the run ends, before its steps: for a machine lent for minutes",
+    )
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="forward passes under bfloat16 autocast, for processors that have it",
+    )
+
+
+def add_corruption_argument(parser: argparse.ArgumentParser) -> None:
+    """Add how many tokens are wrong on the way to a lesson."""
+    parser.add_argument(
+        "--corruption",
+        type=share,
+        default=0.0,
+        help="largest share of a picture's tokens that are shown wrong, for the next scales to make up for",
+    )
