@@ -21,7 +21,7 @@ from .rope import Rotation
 from .sampling import Draw, ScaleNoise, draw, guide
 from .schedule import ScalePolicy, Strategy
 from .transfer import upload
-from .transformer import SelfBlock, norm
+from .transformer import SelfBlock, TextBlock, Transformer, norm
 
 
 class CausalSampler(nn.Module):
@@ -87,20 +87,29 @@ class CausalSampler(nn.Module):
             self.head.weight.mul_(0.02)
 
     @torch.no_grad()
-    def begin_as(self, head: nn.Linear, feature_deviation: float) -> None:
-        """Let an initialised sampler say exactly what the transformer says, whatever is known.
+    def begin_as(self, transformer: Transformer, feature_deviation: float, code_deviation: float) -> None:
+        """Let an initialised sampler say of unknown tokens what the transformer says, up to the norm's epsilon.
 
-        head: the transformer's. feature_deviation: that of its features, which come in brought to about 1, so
-        that known tokens need not grow to their size before they are heard. Blocks add nothing yet.
+        Its attention looks where that of the transformer's last blocks looks, and adds nothing yet. The
+        deviations are those of the transformer's features and of codebook vectors: both come in at about 1, so
+        that known tokens are there to be seen from the start.
         """
-        self.head.load_state_dict(head.state_dict())
-        width = self.fuse.out_features
-        self.fuse.weight[:, :width].zero_()
-        self.fuse.weight[:, width:].copy_(torch.eye(width) / feature_deviation)
+        self.head.load_state_dict(transformer.head.state_dict())
+        embedded, width = self.known_embed.weight, self.fuse.out_features
+        known, features = self.fuse.weight[:, :width], self.fuse.weight[:, width:]
+        embedded.div_(embedded.std() * code_deviation * math.sqrt(embedded.shape[1]))
+        known.div_(known.std() * math.sqrt(width))
+        features.copy_(torch.eye(width) / feature_deviation)
+        self.scale_embed.weight.zero_()  # where a token is unknown, nothing but the features comes in
+        for block, seen in zip(reversed(self.blocks), reversed(transformer.blocks), strict=False):
+            assert isinstance(block, SelfBlock), "every block of the sampler is without text"
+            assert isinstance(seen, TextBlock), "every block of the transformer reads text"
+            block.attn.load_state_dict(seen.attn.state_dict())
         for block in self.blocks:
             assert isinstance(block, SelfBlock), "every block of the sampler is without text"
-            block.attn.proj.weight.zero_()
-            block.ffn.contract.weight.zero_()
+            for last in (block.attn.proj, block.ffn.contract):
+                last.weight.zero_()
+                last.bias.zero_()
 
 
 def unmask_counts(steps: int, tokens: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,25 @@ from star_core.vqvae import VQVAE
 
 settings.register_profile("star", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("star")
+
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    # Processes side by side share the cores, with what they start: threads that wait for each other crawl.
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
+SHARING = ("e2e", "gpu", "nodes", "server", "workflows")
+"""Folders whose tests start a ComfyUI or share a GPU: one after the other."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say what runs side by side (pytest -n 2 --dist loadgroup): files, but for those that share something."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        shares = item.path.relative_to(Path(__file__).parent).parts[0] in SHARING
+        item.add_marker(pytest.mark.xdist_group("sharing" if shares else item.path.name))
+
 
 CPU = torch.device("cpu")
 CODEBOOK = 64

@@ -50,8 +50,8 @@ class Stage:
 
 STAGES = (
     Stage("tokenizer", 0.30, 16, 128),
-    Stage("transformer", 0.55, 48, 256),
-    Stage("causal_sampler", 0.03, 24, 256),
+    Stage("transformer", 0.50, 48, 256),
+    Stage("causal_sampler", 0.08, 24, 128),
     Stage("decoder", 0.12, 16, 128),
 )
 """A GPU does next to nothing with the CPU's batches (NOTES.md)."""
@@ -201,7 +201,7 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[Stage, list[str]]]:
         "tokenizer": [*sides, *packages, *lpips],
         "transformer": [*sides, *tokens, *text, *ahead, *corruption, *learning, "--name", args.name],
         "causal_sampler": [
-            *(*tokens, *text, *ahead, *corruption, "--variants", "2"),
+            *(*tokens, *text, *ahead, *corruption, "--variants", "2", "--masks", "2"),
             *("--transformer-run", runs["transformer"]),
         ],
         "decoder": [

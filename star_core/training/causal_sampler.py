@@ -39,14 +39,14 @@ from .options import (
     at_least_one,
 )
 from .recorded import RecordedStep, recorder_for
-from .run import Average, TrainingRun, compile_blocks, device_of, precision
+from .run import Average, TrainingRun, compile_blocks, precision, use_threads
 from .transformer import attention_kernel
 
 log = logging.getLogger(__name__)
 
 IGNORED = -100
 FEW = 32
-"""Pictures that tell how large features are."""
+"""Pictures that tell how large features and codes are."""
 EMPTY_SHARE = 0.15
 """How often a lesson's map is empty, as inference begins: the arccos share alone is rarely below 0.1."""
 
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how often a step shows each picture, under another mask: the transformer's features are most of"
         " its work, and are the same",
     )
-    parser.add_argument("--sampler-depth", type=int, default=2)
+    parser.add_argument("--sampler-depth", type=at_least_one("blocks"), default=2)
     parser.add_argument(
         "--schedule", help="the checkpoint's own schedule, by name or text (default: the transformer's)"
     )
@@ -107,10 +107,12 @@ class SamplerLessons:
         )
         return found
 
-    def feature_deviation(self) -> float:
-        """Return the standard deviation of features on held-out pictures, all refined scales together."""
-        features = self.features(self.lessons.held_out(FEW))
-        return features[:, sum(self.lengths[: self.first]) :].std().item()
+    def deviations(self) -> tuple[float, float]:
+        """Return the standard deviations of features and codes on the refined scales of held-out pictures."""
+        lesson = self.lessons.held_out(FEW)
+        begin = sum(self.lengths[: self.first])
+        codes = self.lessons.quantizer.codebook(lesson.tokens[:, begin:])
+        return self.features(lesson)[:, begin:].std().item(), codes.std().item()
 
     def known(self, batch: int, rng: np.random.Generator) -> list[Tensor]:
         """Return which tokens (B, n) of each refined scale a lesson shows, on the lessons' device."""
@@ -122,13 +124,15 @@ class SamplerLessons:
 
         known: (m B, n) of each refined scale; more rows than the lesson's show it again, under other masks.
         """
-        again = len(known[0]) // len(features)
-        lesson, features = lesson.repeated(again), features.repeat(again, 1, 1)
-        parts = features.split(self.lengths, dim=1)
-        tokens = lesson.tokens.split(self.lengths, dim=1)
+        (rows,) = {len(shown) for shown in known}
+        times, rest = divmod(rows, len(features))
+        assert rest == 0, "every picture is shown as often as any other"
+        pooled = lesson.text.pooled.repeat(times, 1)
+        parts = features.repeat(times, 1, 1).split(self.lengths, dim=1)
+        tokens = lesson.tokens.repeat(times, 1).split(self.lengths, dim=1)
         total: Tensor = features.new_zeros(())
         for scale, shown in enumerate(known, start=self.first):
-            logits = self.logits(sampler, tokens[scale], shown, parts[scale], lesson, scale)
+            logits = self.logits(sampler, tokens[scale], shown, parts[scale], pooled, scale)
             wanted = tokens[scale].masked_fill(shown, IGNORED)
             total = total + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
         return total / len(known)
@@ -139,7 +143,7 @@ class SamplerLessons:
         tokens: Tensor,
         known: Tensor,
         features: Tensor,
-        lesson: Lesson,
+        pooled: Tensor,
         scale: int,
     ) -> Tensor:
         """Return the sampler's logits (B, n, V) for a scale of which some tokens are known."""
@@ -148,13 +152,14 @@ class SamplerLessons:
         start = sum(self.lengths[:scale])
         positions = torch.arange(start, start + self.lengths[scale], device=features.device)
         rotation = self.places.rotation.select(torch.cat([positions.new_zeros(1), positions]))
-        found: Tensor = sampler(shown, features, lesson.text.pooled, scale, rotation)
+        found: Tensor = sampler(shown, features, pooled, scale, rotation)
         return found
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, resuming where a checkpoint is, and export transformer and sampler as `star.safetensors`."""
-    device = device_of(args)
+    use_threads(args)
+    device = torch.device(args.device)
     base, networks = load_networks(run_folder_file(args.transformer_run, "star.safetensors"), device=device)
     config = make_config(args, base)  # a wrong schedule is refused before anything is trained
     data = EmojiSet.load(args.data, args.size)
@@ -164,12 +169,14 @@ def run(args: argparse.Namespace) -> None:
     teaching = SamplerLessons(networks.transformer, lessons)
     sampler = CausalSampler(config.transformer)
     sampler.initialise(torch.Generator().manual_seed(args.seed))
-    sampler.to(device).begin_as(networks.transformer.head, teaching.feature_deviation())
-    compile_blocks(args, [*networks.transformer.blocks, *sampler.blocks])
+    sampler.to(device).begin_as(networks.transformer, *teaching.deviations())
     optimizers = muon_and_adamw(sampler, args, device)
-    training = TrainingRun(args, sampler, optimizers)
+    training = TrainingRun(args, sampler, optimizers, keep=0.998)
     if training.resume() is None:
         log.info("held-out loss %.3f, the transformer's", held_out_loss(teaching, sampler))
+        training.start_clock()
+    # Not before: pictures looked at in other batches are versions of compiled blocks, too.
+    compile_blocks(args, [*networks.transformer.blocks, *sampler.blocks])
 
     def save() -> None:
         averaged = export(training.average, config, networks.transformer, args.run).to(device)

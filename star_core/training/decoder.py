@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -36,10 +35,10 @@ from .run import (
     Average,
     PictureStore,
     TrainingRun,
-    device_of,
     operations_for,
     precision,
     shuffled_batches,
+    use_threads,
 )
 from .tokenizer import add_perceptual_argument, export, psnr
 from .versions import (
@@ -146,9 +145,9 @@ class Decoding:
     """The decoder under training: what moves it on a batch, and the discriminator that judges it."""
 
     def __init__(
-        self, args: argparse.Namespace, vqvae: VQVAE, perceptual: LPIPS, kinds: Sequence[bool]
+        self, args: argparse.Namespace, vqvae: VQVAE, perceptual: LPIPS, comparable: Sequence[bool]
     ) -> None:
-        """Say of each version of a picture whether it is to look like it, in `kinds`."""
+        """comparable: whether each version of a picture is to look like it (see `comparable_versions`)."""
         device = torch.device(args.device)
         self._args = args
         self._vqvae = vqvae
@@ -159,10 +158,10 @@ class Decoding:
             parameter.requires_grad_(True)
         self.optimizer = adamw(self._weights, args.rate, device, betas=(0.9, 0.95), decay=0.01)
         self.adversary = Adversary(perceptual, args.head_start, device) if args.adversarial else None
-        self.comparable = kinds
+        self.comparable = comparable
         # The same share of every batch, so that all are of one shape, and of each kind at least one.
-        compared = math.ceil(args.batch * sum(kinds) / len(kinds))
-        self.compared = max(1, min(compared, args.batch - (not all(kinds))))
+        compared = math.ceil(args.batch * sum(comparable) / len(comparable))
+        self.compared = max(1, min(compared, args.batch - (not all(comparable))))
 
     def learn(self, real: Tensor, seen: Tensor, *sources: Tensor, ready: bool) -> tuple[Tensor, ...]:
         """Take in pictures (B, 3, H, W) and tokens (B, L), the first `compared` of which are to become them."""
@@ -186,7 +185,8 @@ class Decoding:
 
 def run(args: argparse.Namespace) -> None:
     """Train, resuming where a checkpoint is, and export `vqvae.safetensors`."""
-    device = device_of(args)
+    use_threads(args)
+    device = torch.device(args.device)
     check_adversary(args)
     star = load_redrawing(args)
     torch.default_generator.manual_seed(args.seed)  # a training command owns its process
@@ -208,12 +208,12 @@ def run(args: argparse.Namespace) -> None:
     else:
         captions = [plain_caption(data.records[row]) for row in train.tolist()]
         versions = token_versions(args, star, vqvae, own, captions)
-        training.checkpoint.started = time.monotonic()
+        training.start_clock()
 
     def save() -> None:
         export(training.average, vqvae.config, args.run)
         judge = None if adversary is None else adversary.state()
-        training.save(adversary=judge, versions=versions, redrawn=redrawn_scales(args))
+        training.save({"adversary": judge, "versions": versions, "redrawn": redrawn_scales(args)})
         real = pictures_of.take(held_out)
         found = held_out_psnr(training.average, vqvae.config, tokens[held_out], real, args.sides)
         log.info("step %d held-out PSNR %.2f dB", training.step, found)

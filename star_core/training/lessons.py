@@ -57,11 +57,6 @@ class Lesson:
         """Return all of it, for a recorded step."""
         return self.tokens, self.inputs, self.text.hidden, self.text.mask, self.text.pooled
 
-    def repeated(self, times: int) -> Lesson:
-        """Return the lesson (times B rows): all pictures, then all again."""
-        tokens, inputs, *text = (x.repeat(times, *[1] * (x.ndim - 1)) for x in self.tensors())
-        return Lesson(tokens, inputs, TextStates(*text))
-
     @classmethod
     def of(cls, batch: Sequence[Tensor]) -> tuple[Lesson, Sequence[Tensor]]:
         """Return the lesson of `tensors()`, and what comes after them."""

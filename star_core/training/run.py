@@ -1,4 +1,4 @@
-"""What every training stage shares: resumable state on disk, the learning-rate curve, averaged weights."""
+"""What every training stage shares: its steps, resumable state on disk, averaged weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +38,10 @@ def compile_blocks(args: argparse.Namespace, blocks: Iterable[nn.Module]) -> Non
             block.compile(dynamic=False)
 
 
-def device_of(args: argparse.Namespace) -> torch.device:
-    """Return where a stage trains, with as many threads as it may have."""
+def use_threads(args: argparse.Namespace) -> None:
+    """Let torch use as many CPU threads as a stage's options allow."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    return torch.device(args.device)
 
 
 def precision(args: argparse.Namespace) -> torch.autocast:
@@ -164,7 +163,8 @@ def generator_of(seed: int, step: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(number))
 
 
-class TrainingStep(NamedTuple, Generic[Batch]):
+@dataclass(frozen=True)
+class TrainingStep(Generic[Batch]):
     """A step to be made: its number, the share of the run that is behind, its batch, whether it is told of."""
 
     number: int
@@ -181,8 +181,10 @@ class TrainingRun:
         args: argparse.Namespace,
         network: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
-        keep: float = 0.998,
+        *,
+        keep: float,
     ) -> None:
+        """keep: the share of the averaged weights that a step leaves as they are."""
         self._args = args
         self._network = network
         self._optimizers = optimizers
@@ -202,14 +204,21 @@ class TrainingRun:
             self.average.resume(state["average"], self.step)
         return state
 
-    def save(self, **more: Any) -> None:
+    def save(self, more: Mapping[str, Any] | None = None) -> None:
         """Write the checkpoint, with what else a stage resumes from."""
         optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
         state = {"model": self._network.state_dict(), "optimizers": optimizers, "average": self.average.state}
-        self.checkpoint.save(state | more)
+        self.checkpoint.save({**state, **(more or {})})
+
+    def start_clock(self) -> None:
+        """Count a run's seconds from now on: what was prepared is no training."""
+        self.checkpoint.started = time.monotonic()
 
     def steps(self, batches: Iterable[Batch], save: Callable[[], None]) -> Iterator[TrainingStep[Batch]]:
-        """Yield the steps that are left, with their learning rates set; `save` at times and at the end."""
+        """Yield the steps that are left, with their learning rates set; `save` at times and at the end.
+
+        A run that ends before its first step is saved as well.
+        """
         for batch in batches:
             step, done = self.step, self.checkpoint.done(self._args)
             if done >= 1:
@@ -221,7 +230,7 @@ class TrainingRun:
             self.checkpoint.step += 1
             if self.step % self._args.save_every == 0:
                 save()
-        if self.step > self.checkpoint.saved:
+        if self.step > self.checkpoint.saved or not self.checkpoint.path.exists():
             save()
 
     def tell(self, figures: str) -> None:

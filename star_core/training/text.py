@@ -33,7 +33,7 @@ from .minilm import load_minilm
 from .optimizers import rate_at, set_rate
 from .options import add_run_arguments
 from .packages import asset_path
-from .run import Checkpoint
+from .run import Checkpoint, use_threads
 from .text_corpus import SHARES, Batch, Corpus, draw_batch, gather_corpus, word
 from .wording import STYLES, Wording
 
@@ -210,8 +210,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Distil the text encoder and write <run>/export/ with text_encoder/ and tokenizer/."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args)
     folder: Path = args.run
     tokenizer = folder / "tokenizer"
     write_tokenizer(read_merges(asset_path("clip-bpe", args.packages)), tokenizer)

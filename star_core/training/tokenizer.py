@@ -25,10 +25,10 @@ from .run import (
     Average,
     PictureStore,
     TrainingRun,
-    device_of,
     operations_for,
     precision,
     shuffled_batches,
+    use_threads,
 )
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,8 @@ def resume(args: argparse.Namespace, training: TrainingRun) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, resuming where a checkpoint is, and export `vqvae.safetensors`."""
-    device = device_of(args)
+    use_threads(args)
+    device = torch.device(args.device)
     torch.default_generator.manual_seed(args.seed)  # a training command owns its process
     config, maps = make_config(args), square_maps(args.sides)
     data = EmojiSet.load(args.data, args.size)
@@ -175,14 +176,14 @@ def run(args: argparse.Namespace) -> None:
     trainer = Tokenizer(config, maps, perceptual, precision(args), *weights, operations_for(device))
     trainer.vqvae.to(device)
     optimizer = adamw(trainer.vqvae.parameters(), args.rate, device, betas=(0.9, 0.95), decay=0.01)
-    training = TrainingRun(args, trainer.vqvae, [optimizer])
+    training = TrainingRun(args, trainer.vqvae, [optimizer], keep=0.998)
     resume(args, training)
     pictures_of = PictureStore(data.pictures, device)
     real = pictures_of.take(held_out)
 
     def save() -> None:
         export(training.average, config, args.run)
-        training.save(sides=args.sides)
+        training.save({"sides": args.sides})
         averaged = VQVAE(config).to(device).eval()
         averaged.load_state_dict(training.average.state)
         drawn = reconstruct(averaged, real, maps)
@@ -202,8 +203,8 @@ def run(args: argparse.Namespace) -> None:
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         parts = learn_step(pictures, perceptual=step.number > LPIPS_FROM)
         # Early and often, then rarely: a codebook that starts dead stays dead otherwise.
-        often = step.number in (10, 30, 60) or (step.number + 1) % RESEED_EVERY == 0
-        if often and step.done < RESEED_UNTIL:
+        due = step.number in (10, 30, 60) or (step.number + 1) % RESEED_EVERY == 0
+        if due and step.done < RESEED_UNTIL:
             log.info("step %d: %d codes moved", step.number, trainer.reseed(pictures, generator))
         if step.told:
             training.tell(" ".join(f"{k} {v.item():.4g}" for k, v in zip(LOSSES, parts, strict=False)))

@@ -41,7 +41,7 @@ from .options import (
     number_of_scales,
 )
 from .recorded import RecordedStep, recorder_for
-from .run import Average, TrainingRun, compile_blocks, device_of, generator_of, precision
+from .run import Average, TrainingRun, compile_blocks, generator_of, precision, use_threads
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +143,11 @@ def start_from(transformer: Transformer, path: Path) -> None:
     transformer.load_state_dict(networks.transformer.state_dict())
 
 
-def first_weights(args: argparse.Namespace, config: TransformerConfig) -> Transformer:
-    """Return the transformer that a new run begins with: fresh, or that of a file."""
+def first_transformer(args: argparse.Namespace, config: TransformerConfig) -> Transformer:
+    """Return what a new run begins with: fresh weights, or a file's.
+
+    Raises ValueError for a file of another architecture.
+    """
     transformer = Transformer(config)
     transformer.initialise(torch.Generator().manual_seed(args.seed))
     if args.start is not None:
@@ -152,18 +155,19 @@ def first_weights(args: argparse.Namespace, config: TransformerConfig) -> Transf
     return transformer
 
 
-def windows(args: argparse.Namespace, lessons: Lessons, step: int, done: float) -> list[Tensor]:
-    """Return the positions (K,) that a step is about, or none where it is about all."""
+def window_of(args: argparse.Namespace, lessons: Lessons, step: int, done: float) -> Tensor | None:
+    """Return the positions (K,) that a step is about, None where it is about all."""
     if done >= 1 - WHOLE_SHARE:
-        return []
+        return None
     generator = generator_of(args.seed, step, WINDOWS)
     window = window_positions(lessons.maps, args.windowed_scales, args.window, generator)
-    return [upload(window, lessons.device)]
+    return upload(window, lessons.device)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, resuming where a checkpoint is, and export `star.safetensors`."""
-    device = device_of(args)
+    use_threads(args)
+    device = torch.device(args.device)
     vqvae_file = run_folder_file(args.tokenizer_run, "vqvae.safetensors")
     text_encoder = load_text_encoder(args.text, device=device)
     config = make_config(args, text_encoder.width, vqvae_file)
@@ -172,10 +176,10 @@ def run(args: argparse.Namespace) -> None:
     lessons = lessons_for(args, data, vqvae, text_encoder, config.maps, args.variants)
     length = token_count(config.maps)
     log.info("%d renderings of %d pictures, %d tokens each", *lessons.features.shape[:2], length)
-    transformer = first_weights(args, config.transformer).to(device)
+    transformer = first_transformer(args, config.transformer).to(device)
     compile_blocks(args, transformer.blocks)
     optimizers = muon_and_adamw(transformer, args, device)
-    training = TrainingRun(args, transformer, optimizers)
+    training = TrainingRun(args, transformer, optimizers, keep=0.998)
     training.resume()
     places = transformer.places(config.maps, device)
 
@@ -200,10 +204,11 @@ def run(args: argparse.Namespace) -> None:
     plans = training_plans(args, lessons, training.step)
     for step in training.steps(plans, save):
         lesson = lessons.lesson(step.batch, step.number, settled=step.done >= 1 - SETTLED_SHARE)
-        window = windows(args, lessons, step.number, step.done)
-        (loss,) = learn_step(*lesson.tensors(), *window)
+        window = window_of(args, lessons, step.number, step.done)
+        seen = [] if window is None else [window]
+        (loss,) = learn_step(*lesson.tensors(), *seen)
         if step.told:
-            training.tell(f"loss {loss.item():.3f} ({len(window[0]) if window else length} tokens)")
+            training.tell(f"loss {loss.item():.3f} ({length if window is None else len(window)} tokens)")
 
 
 def export(average: Average, config: StarConfig, folder: Path) -> Transformer:

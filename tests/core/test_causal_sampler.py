@@ -344,16 +344,46 @@ def test_fresh_weights_depend_on_the_generator_alone(paired: object):
         assert torch.isfinite(value).all()
 
 
-def test_a_sampler_can_begin_as_the_transformer_whatever_is_known(paired: object):
+def test_a_sampler_can_begin_as_the_transformer_and_see_what_is_known(paired: object):
     codes, features, pooled, rotation = head_inputs(paired)
-    features = 12 * features
+    codes, features = 3 * codes, 12 * features
     sampler = CausalSampler(paired.config.transformer)
     sampler.initialise(torch.Generator().manual_seed(0))
-    sampler.begin_as(paired.transformer.head, 12.0)
+    sampler.begin_as(paired.transformer, 12.0, 3.0)
     wanted = paired.transformer.logits(features)
-    for known in (codes, torch.zeros_like(codes)):
-        torch.testing.assert_close(sampler(known, features, pooled, 2, rotation), wanted, atol=1e-4, rtol=1e-4)
+    unknown = (codes == 0).all(dim=-1)
     logits = sampler(codes, features, pooled, 2, rotation)
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(24, dtype=torch.long)).backward()
-    for name in ("fuse.weight", "blocks.0.attn.proj.weight", "blocks.0.ffn.contract.weight", "head.weight"):
-        assert sampler.get_parameter(name).grad.abs().max() > 0, f"{name} cannot learn"
+    torch.testing.assert_close(logits[unknown], wanted[unknown], atol=1e-4, rtol=1e-4)
+    empty = sampler(torch.zeros_like(codes), features, pooled, 2, rotation)
+    torch.testing.assert_close(empty, wanted, atol=1e-4, rtol=1e-4)
+    for name in ("qkv.weight", "q_bias", "v_bias", "log_scale"):
+        copied = paired.transformer.blocks[-1].attn.get_parameter(name)
+        assert torch.equal(sampler.blocks[-1].attn.get_parameter(name), copied)
+    # Known codes weigh about as much as features do where they stand.
+    seen: list[Tensor] = []
+    sampler.fuse.register_forward_hook(lambda module, inputs, output: seen.append(output[:, 1:]))
+    sampler(torch.zeros_like(codes), features, pooled, 2, rotation)
+    sampler(codes, torch.zeros_like(features), pooled, 2, rotation)
+    by_features, by_codes = seen[0].std(), seen[1][~unknown].std()
+    assert 0.5 < by_codes / by_features < 2
+    # One step down the gradient at unknown places, and what is known elsewhere counts.
+    loss = torch.nn.functional.cross_entropy(logits[unknown], torch.zeros(int(unknown.sum()), dtype=torch.long))
+    loss.backward()
+    for name in ("blocks.0.attn.proj.weight", "blocks.0.ffn.contract.weight", "head.weight"):
+        parameter = sampler.get_parameter(name)
+        assert parameter.grad.abs().max() > 0, f"{name} cannot learn"
+        parameter.data.sub_(0.1 * parameter.grad)
+    apart = sampler(codes, features, pooled, 2, rotation) - sampler(0 * codes, features, pooled, 2, rotation)
+    assert apart[unknown].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("depth", [1, 5])
+def test_a_sampler_of_any_depth_can_begin_as_the_transformer(depth: int, paired: object):
+    codes, features, pooled, rotation = head_inputs(paired)
+    sampler = CausalSampler(dataclasses.replace(paired.config.transformer, sampler_depth=depth))
+    sampler.initialise(torch.Generator().manual_seed(0))
+    sampler.begin_as(paired.transformer, 1.0, 1.0)
+    wanted = paired.transformer.logits(features)
+    unknown = (codes == 0).all(dim=-1)
+    found = sampler(codes, features, pooled, 1, rotation)
+    torch.testing.assert_close(found[unknown], wanted[unknown], atol=1e-4, rtol=1e-4)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from star_core.causal_sampler import CausalSampler
 from star_core.checkpoint import load_networks, load_vqvae
 from star_core.config import square_maps, token_count
 from star_core.request import ScaleStep
@@ -191,7 +194,7 @@ def test_a_sampler_run_begins_as_the_transformer(data, tokenizer_run, transforme
     assert model.causal_sampler is not None
     generator = torch.Generator().manual_seed(0)
     features = 5 * torch.randn(2, 16, 64, generator=generator)
-    codes = torch.randn(2, 16, 4, generator=generator)
+    codes = torch.zeros(2, 16, 4)
     pooled = torch.randn(2, model.transformer.config.text_width, generator=generator)
     rotation = model.transformer.rotations(((1, 1), (4, 4)))
     with torch.no_grad():
@@ -199,6 +202,67 @@ def test_a_sampler_run_begins_as_the_transformer(data, tokenizer_run, transforme
         wanted = model.transformer.logits(features)
     assert wanted.std() > 0.01
     assert (found - wanted).abs().max() < 0.02 * wanted.std()
+
+
+@pytest.fixture
+def teaching(data: Path, tokenizer_run: Path, transformer_run: Path) -> causal_sampler.SamplerLessons:
+    networks = load_networks(transformer_run / "star.safetensors")[1]
+    vqvae = load_vqvae(tokenizer_run / "vqvae.safetensors")
+    maps = square_maps([1, 2, 4])
+    device = torch.device("cpu")
+    lessons = Lessons(EmojiSet.load(data, 32), vqvae, load_text_encoder(SHIPPED), maps, device)
+    return causal_sampler.SamplerLessons(networks.transformer, lessons)
+
+
+def test_a_sampler_is_told_how_large_features_and_codes_are(teaching):
+    lesson = teaching.lessons.held_out(causal_sampler.FEW)
+    features, codes = teaching.deviations()
+    refined = teaching.features(lesson).split(teaching.lengths, dim=1)[teaching.first :]
+    assert features == pytest.approx(torch.cat(refined, dim=1).std().item())
+    tokens = lesson.tokens.split(teaching.lengths, dim=1)[teaching.first :]
+    vectors = teaching.lessons.quantizer.codebook.weight[torch.cat(tokens, dim=1)]
+    assert codes == pytest.approx(vectors.std().item())
+    assert features != pytest.approx(codes, rel=0.1)
+
+
+def test_pictures_under_several_masks_count_as_each_under_one(teaching):
+    sampler = CausalSampler(dataclasses.replace(teaching.transformer.config, sampler_depth=1))
+    sampler.initialise(torch.Generator().manual_seed(0))
+    lesson = teaching.lessons.held_out(4)
+    count = len(lesson.tokens)
+    assert not torch.equal(lesson.tokens[0], lesson.tokens[1])
+    features = teaching.features(lesson)
+    rng = np.random.default_rng(0)
+    # As many unknown tokens under one mask as under the other, so that both weigh alike.
+    one = [
+        torch.from_numpy(rng.permuted(np.arange(n) < n // 2)).expand(count, -1)
+        for n in teaching.lengths[teaching.first :]
+    ]
+    other = [~mask if 2 * int(mask[0].sum()) == mask.shape[1] else mask for mask in one]
+    with torch.no_grad():
+        apart = [teaching.loss(sampler, lesson, features, known).item() for known in (one, other)]
+        both = [torch.cat(masks) for masks in zip(one, other, strict=True)]
+        together = teaching.loss(sampler, lesson, features, both).item()
+    assert apart[0] != pytest.approx(apart[1], rel=1e-4)
+    assert together == pytest.approx(sum(apart) / 2, rel=1e-4)
+
+
+def test_a_run_without_time_for_a_step_is_saved_all_the_same(data, tokenizer_run, transformer_run, tmp_path):
+    options = ["--tokenizer-run", str(tokenizer_run), "--transformer-run", str(transformer_run)]
+    options += ["--text", str(SHIPPED), "--sampler-depth", "1", "--time-limit", "1e-9"]
+    run = train(causal_sampler, tmp_path / "run", data, *options)
+    assert load_networks(run / "star.safetensors")[1].causal_sampler is not None
+
+
+def test_a_tokenizer_run_from_before_stages_shared_their_checkpoint_goes_on(data, tokenizer_run, tmp_path):
+    state = torch.load(tokenizer_run / "checkpoint.pt", weights_only=True)
+    (state["optimizer"],) = state.pop("optimizers")
+    torch.save(state, tmp_path / "checkpoint.pt")
+    size = ["--channels", "8", "--multipliers", "1", "1", "1", "1", "--codebook", "32", "--code-width", "4"]
+    run = train(tokenizer, tmp_path, data, *size, *SIDES, steps=5)
+    after = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert after["step"] == 5
+    assert after["optimizers"][0]["state"][0]["step"] == 5
 
 
 def test_the_decoder_stage_moves_the_decoder_alone(data, tokenizer_run, tmp_path):
