@@ -69,6 +69,11 @@ class Mode:
     change: Change
     eight_bit: str | None = None
 
+    @property
+    def exact(self) -> str:
+        """The name of the mode that this one is compared with."""
+        return "exact, sampler" if "1024" in self.base else "exact"
+
 
 def unguided(last: int) -> Change:
     """Draw the last scales without guidance."""
@@ -113,6 +118,13 @@ def modes(*, sampler: bool) -> list[Mode]:
     return plain + refined if sampler else plain
 
 
+def chosen(names: Sequence[str] | None, *, sampler: bool) -> list[Mode]:
+    """Return the modes of these names, all by default, and the exact ones that they are compared with."""
+    every = modes(sampler=sampler)
+    wanted = {name for mode in every if names is None or mode.name in names for name in (mode.name, mode.exact)}
+    return [mode for mode in every if mode.name in wanted]
+
+
 # The gain
 
 
@@ -128,14 +140,14 @@ def time_modes(
 ) -> Iterator[dict[str, dict[str, Any]]]:
     """Draw with every mode in turn; yield after each turn seconds and the ratio to the exact mode of its kind.
 
-    A mode that fails is yielded with its error, and left out from then on. names: of these modes alone.
+    A mode that fails is yielded with its error, and left out from then on. names: see chosen().
     """
     end = time.monotonic() + seconds
     config = config_of(size)
     every = [
         mode
-        for mode in modes(sampler=config.transformer.has_sampler)
-        if (names is None or mode.name in names) and (mode.eight_bit != "fp8" or has_products(device))
+        for mode in chosen(names, sampler=config.transformer.has_sampler)
+        if mode.eight_bit != "fp8" or has_products(device)
     ]
     exact = build_star(config, 0, dtype, device)
     by_weights = {None: exact}
@@ -176,8 +188,7 @@ def _gains(every: Sequence[Mode], took: dict[str, list[float]]) -> dict[str, dic
     for mode in every:
         if took[mode.name]:
             found[mode.name] = {"seconds": middle(took[mode.name])}
-        plain = took.get("exact, sampler" if "1024" in mode.base else "exact", [])
-        if ratios := [a / b for a, b in zip(plain, took[mode.name], strict=False)]:
+        if ratios := [a / b for a, b in zip(took[mode.exact], took[mode.name], strict=False)]:
             found[mode.name]["faster_by"] = middle(ratios, digits=2)
     return found
 
@@ -193,17 +204,17 @@ def with_networks(star: Star, networks: Any) -> Star:
 
 
 class Logits:
-    """The guided logits of the next scale drawn, taken where tokens are made from them."""
+    """The guided logits of scales drawn, taken where tokens are made from them."""
 
     def __init__(self) -> None:
-        self.last: Tensor | None = None
+        self._taken: list[Tensor] = []
 
     def __enter__(self) -> Logits:
         self._original = star_core.generate._draw_scale
 
         def recorded(picture: Any, *arguments: Any) -> Any:
             _, _, schedule, features, scale, *_ = arguments
-            self.last = picture.guided_logits(features, schedule.scales[scale].strength)
+            self._taken.append(picture.guided_logits(features, schedule.scales[scale].strength))
             return self._original(picture, *arguments)
 
         star_core.generate._draw_scale = recorded
@@ -212,12 +223,16 @@ class Logits:
     def __exit__(self, *_: object) -> None:
         star_core.generate._draw_scale = self._original
 
-    def of(self, star: Star, request: Request, before: tuple[ScaleStep, ...]) -> Tensor:
+    def of(self, star: Star, request: Request) -> tuple[tuple[ScaleStep, ...], list[Tensor]]:
+        """Return what a run draws, and the logits (B, n, V) of each scale that it draws."""
+        self._taken = []
+        steps = tuple(star.run(request))
+        return steps, self._taken
+
+    def after(self, before: tuple[ScaleStep, ...], star: Star, request: Request) -> Tensor:
         """Return the logits (B, n, V) of the scale after the given ones."""
-        for _ in star.run(dataclasses.replace(request, prefix=before, stop=len(before) + 1)):
-            pass
-        assert self.last is not None, "the scale was drawn"
-        return self.last
+        following = dataclasses.replace(request, prefix=before, stop=len(before) + 1)
+        return self.of(star, following)[1][-1]
 
 
 def psnr(ours: Tensor, theirs: Tensor) -> float:
@@ -235,13 +250,15 @@ class Drawn:
     logits: list[Tensor]
 
 
-def cost_of_modes(count: int, seed: int, device: torch.device) -> dict[str, dict[str, Any]]:
+def cost_of_modes(
+    count: int, seed: int, device: torch.device, names: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Draw the sheet's prompts with the shipped model by every mode; compare with the exact one.
 
-    A mode that fails is returned with its error.
+    A mode that fails is returned with its error. names: see chosen().
     """
     exact = load(device=device)
-    every = modes(sampler=exact.causal_sampler is not None)
+    every = chosen(names, sampler=exact.causal_sampler is not None)
     by_weights = {None: exact}
     for eight_bit in dict.fromkeys(mode.eight_bit for mode in every if mode.eight_bit):
         by_weights[eight_bit] = load(device=device, eight_bit=eight_bit)
@@ -253,21 +270,21 @@ def cost_of_modes(count: int, seed: int, device: torch.device) -> dict[str, dict
             star = by_weights[mode.eight_bit]
             schedule = mode.change(read_schedule(mode.base, exact.config.maps))
             request = star.request(prompts, options=Options(seed=seed, schedule=schedule))
-            reference = "exact, sampler" if "1024" in mode.base else "exact"
             try:
-                steps = tuple(star.run(request))
+                steps, own = logits.of(star, request)
                 pictures = star.decode(steps[-1].f_hat)
-                # The mode's logits after the exact scales before; the exact mode's own are those it drew from.
-                before = kept[reference].steps if reference in kept else steps
-                own = [logits.of(star, request, before[:scale]) for scale in range(len(steps))]
+                if mode.exact in kept:
+                    # The mode's logits after the exact scales before; the exact mode's own it drew from.
+                    before = kept[mode.exact].steps
+                    own = [logits.after(before[:scale], star, request) for scale in range(len(steps))]
             except RuntimeError as error:  # on a GPU, where one mode's kernels may be missing
                 found[mode.name] = {"error": str(error)[:500]}
                 continue
             drawn = Drawn(steps, pictures, own)
-            if mode.name == reference:
-                kept[reference] = drawn
+            if mode.name == mode.exact:
+                kept[mode.exact] = drawn
             else:
-                found[mode.name] = cost(drawn, kept[reference])
+                found[mode.name] = cost(drawn, kept[mode.exact])
     return found
 
 
@@ -310,7 +327,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=math.inf, help="for the gain; then it ends")
     names = [mode.name for mode in modes(sampler=True)]
-    parser.add_argument("--modes", nargs="+", choices=names, metavar="NAME", help="of the gain, these alone")
+    parser.add_argument("--modes", nargs="+", choices=names, metavar="NAME", help="these, and the exact ones")
     parser.add_argument("--prompts", type=int, default=48, help="of the sheet's prompts, for the cost")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -342,7 +359,9 @@ def main() -> int:
     ):
         report({**found, "gain": times})
     found["gain"] = times
-    costs = {} if arguments.no_cost else cost_of_modes(arguments.prompts, arguments.seed, device)
+    costs = (
+        {} if arguments.no_cost else cost_of_modes(arguments.prompts, arguments.seed, device, arguments.modes)
+    )
     print("\n".join(lines(times, costs)), file=sys.stderr)
     if costs:
         report({**found, "cost": costs})

@@ -135,15 +135,16 @@ def test_pictures_agree_by_their_largest_difference_and_say_how_much_is_equal():
 
 
 def test_a_contender_that_falls_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    worker = tmp_path / "worker.py"
+    worker, picture = tmp_path / "worker.py", tmp_path / "picture"
+    torch.save(torch.zeros(1, 3, 2, 2), picture)
     worker.write_text(
-        "import json, sys, torch\n"
+        "import json, shutil, sys\n"
         "name = sys.argv[sys.argv.index('--worker') + 1]\n"
         "print(json.dumps({'gpu': 'none'}), flush=True)\n"
         "for line in sys.stdin:\n"
         "    order = json.loads(line)\n"
         "    if name == 'ours-bfloat16' and order['seed'] == 2: sys.exit('no more')\n"
-        "    if order['likeliest']: torch.save(torch.zeros(1, 3, 2, 2), order['keep'])\n"
+        f"    if order['likeliest']: shutil.copy({str(picture)!r}, order['keep'])\n"
         "    print(json.dumps({'seconds': 1.5, 'peak': 2**30}), flush=True)\n"
     )
     monkeypatch.setattr(against_official, "__file__", str(worker))
@@ -205,7 +206,7 @@ def test_modes_are_timed_until_the_time_is_up_and_fp8_only_where_there_are_produ
     names = ["exact", "int8", "fp8"]
     assert [set(turn) for turn in found(names=names)] == [{"exact", "int8"}] * 2
     assert found(names=names, seconds=0) == [{}]
-    assert [set(turn["int8"]) for turn in found(names=["int8"])] == [{"seconds"}] * 2
+    assert [set(turn) for turn in found(names=["int8"])] == [{"exact", "int8"}] * 2
     monkeypatch.setattr(fast_modes, "has_products", lambda device: True)
     assert [set(turn) for turn in found(names=names)] == [{*names}] * 2
 
@@ -280,7 +281,7 @@ def test_a_benchmark_that_cannot_run_is_left_out_by_name(monkeypatch: pytest.Mon
     (tmp_path / "load.py").write_text("print('noise'); print('{\"a\": 1}'); raise SystemExit(1)")
     assert everything.run(load_, 60) == {"a": 1, "exit_code": 1}
     (tmp_path / "load.py").write_text("print('{\"a\": 2}', flush=True); import time; time.sleep(60)")
-    assert everything.run(load_, 5) == {"a": 2, "unfinished": True}
+    assert everything.run(load_, 2) == {"a": 2, "unfinished": True}
     (tmp_path / "scaling.py").write_text("raise SystemExit(3)")
     assert "exit code 3" in everything.run(scaling_, 60)["left_out"]
 
@@ -295,7 +296,7 @@ def test_a_benchmark_keeps_to_its_own_limit_and_its_processes_end_with_it(
         "print('{\"child\": %d}' % child.pid, flush=True); time.sleep(60)"
     )
     began = time.monotonic()
-    found = everything.run(everything.Benchmark("load", seconds=3), 60)
+    found = everything.run(everything.Benchmark("load", seconds=2), 60)
     assert found["unfinished"]
     assert time.monotonic() - began < 30
     assert ends(found["child"], within=10)
@@ -334,8 +335,9 @@ def test_every_fast_mode_is_another_schedule_than_the_exact_one():
 
 
 def test_costs_are_measured_against_the_exact_picture():
-    costs = fast_modes.cost_of_modes(1, 1, CPU)
-    assert set(costs) == {m.name for m in fast_modes.modes(sampler=True)} - {"exact", "exact, sampler"}
+    names = ["unguided, last scale", "unguided, last 3 scales", "int8", "half the sampler's steps", "fast-1024"]
+    costs = fast_modes.cost_of_modes(1, 1, CPU, names)
+    assert list(costs) == names
     # The sampler's steps do not touch the transformer's logits; every other mode does.
     assert costs["half the sampler's steps"]["largest_logit_error"] == 0
     assert all(c["mean_logit_error"] > 0 for name, c in costs.items() if name != "half the sampler's steps")

@@ -222,15 +222,14 @@ def test_draws_are_the_reference_s(size: int, top_k: int, top_p: float):
     # From almost flat rows to such as have one token only.
     sharpness = torch.tensor([0.01, 1.0, 3.0, 100.0]).reshape(1, 4, 1)
     logits = sharpness * normal(5, 1, 4, size)
-    for temperature in (1.0, 0.7):
-        policy = {"top_k": min(top_k, size), "top_p": top_p, "temperature": temperature}
-        assert_same_draw(logits, numbers(4), **policy)
+    policy = {"top_k": min(top_k, size), "top_p": top_p, "temperature": 1.0 if size == 64 else 0.7}
+    assert_same_draw(logits, numbers(4), **policy)
 
 
 def test_draws_from_the_whole_codebook_are_the_reference_s():
-    logits = 3 * normal(6, 1, 12, 4096)
+    logits = 3 * normal(6, 1, 5, 4096)
     for top_k, top_p in ((0, 0.8), (600, 0.8), (4096, 0.999), (4095, 0.0)):
-        assert_same_draw(logits, numbers(12), top_k=top_k, top_p=top_p)
+        assert_same_draw(logits, numbers(5), top_k=top_k, top_p=top_p)
 
 
 def test_rows_of_any_batch_are_drawn_on_their_own():
@@ -246,10 +245,9 @@ def test_numbers_of_any_size_and_sign_are_in_order():
         [5.0, 4.9, 1e-3, -1e-3, -4.9, -5.0],
     ]
     logits = torch.tensor([rows])
-    for top_k in (0, 1, 2, 4, 5):
-        for top_p in (0.0, 0.4, 0.9):
-            for number in (0.0, 0.4, ALMOST_ONE):
-                assert_same_draw(logits, torch.full((1, 4), number), top_k=top_k, top_p=top_p)
+    for top_k, top_p in ((0, 0.0), (1, 0.0), (2, 0.0), (4, 0.9), (5, 0.0), (0, 0.4), (0, 0.9)):
+        for number in (0.0, 0.4, ALMOST_ONE):
+            assert_same_draw(logits, torch.full((1, 4), number), top_k=top_k, top_p=top_p)
 
 
 def test_ties_with_the_last_of_top_k_stay():
@@ -273,13 +271,13 @@ def test_past_every_token_the_likeliest_is_drawn():
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 0.85])
 def test_of_ties_at_the_border_of_top_p_the_first_go(top_p: float, top_k: int):
     for logits in (
-        normal(9, 1, 6, 40).round(),
-        torch.zeros(1, 6, 40),
-        normal(9, 1, 6, 40).bfloat16().float(),
+        normal(9, 1, 4, 40).round(),
+        torch.zeros(1, 4, 40),
+        normal(9, 1, 4, 40).bfloat16().float(),
     ):
         kept = sampling.keep_top_p(sampling.keep_top_k(logits, top_k), top_p)
         cumulative = kept.double().softmax(dim=-1).cumsum(dim=-1)
-        uniform = numbers(6)
+        uniform = numbers(4)
         tokens = (cumulative <= uniform.double().unsqueeze(-1)).sum(dim=-1)
         ours = by_sampling.draw(logits, uniform, top_k=top_k, top_p=top_p)
         assert torch.equal(ours.tokens, tokens)
@@ -294,6 +292,10 @@ def test_rows_that_are_no_numbers_still_give_tokens_of_the_codebook():
     assert ((tokens >= 0) & (tokens < 50)).all()
 
 
+FEW_TOKENS = ((1, 1), (2, 2), (2, 3), (3, 3))
+"""The interpreter takes some 30 ms for each token that is drawn."""
+
+
 @pytest.mark.parametrize(
     ("cross_attention", "kind"), [("paired", "plain"), ("paired", "smooth"), ("independent", "official")]
 )
@@ -305,11 +307,11 @@ def test_whole_pictures_are_the_reference_s(
     cross_attention: str,
     kind: str,
 ):
-    model, schedule = tiny(cross_attention), make_schedule(kind)
+    model, schedule = tiny(cross_attention, FEW_TOKENS), make_schedule(kind)
     scales = list(schedule.scales)
     scales[2] = dataclasses.replace(scales[2], prune=0.3)
     schedule = dataclasses.replace(schedule, scales=tuple(scales))
-    request = ask([1], schedule, seeds=[PictureSeed(1)])
+    request = ask([1], schedule, seeds=[PictureSeed(1)], maps=FEW_TOKENS)
     expected = model.run(request)
     served = []
     named = kernels._named
