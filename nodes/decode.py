@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.v0_0_2 import io
@@ -12,6 +13,8 @@ from . import host, sockets
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..star_core.config import TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -82,16 +85,15 @@ def images(
     """Return f_hat (B, D, h, w) of some tokens as IMAGE, by the largest pieces that fit into memory."""
     if tokens.vqvae != vqvae.config:
         raise ValueError("the tokens belong to another VQ-VAE: use the vqvae of the Load STAR they come from")
-    host.load([vqvae.patcher], _memory(vqvae, tokens, 1 if tiled else len(f_hat)))
+    device, together = host.load_for_pictures(vqvae.patcher, picture_bytes(vqvae, tokens.maps[-1]), len(f_hat))
     network = vqvae.patcher.model
-    ways = (
-        [("in tiles", _by_tiles)]
-        if tiled
-        else [("whole", _whole), ("one by one", _singly), ("in strips", _by_strips), ("in tiles", _by_tiles)]
-    )
+    ways: list[tuple[str, Callable[..., Tensor]]] = [("in tiles", _by_tiles)]
+    if not tiled:
+        smaller = [("one by one", _wholly)] if together > 1 else []
+        ways = [("whole", partial(_wholly, together=together)), *smaller, ("in strips", _by_strips), *ways]
     with host.interruptible(network):
         for (name, way), (following, _) in zip(ways, [*ways[1:], ("", None)], strict=True):
-            decoded = _attempt(way, network, f_hat, vqvae.patcher.load_device, last=not following)
+            decoded = _attempt(way, network, f_hat, device, last=not following)
             if decoded is not None:
                 return decoded
             warning = f"out of memory decoding {name}: trying {following}"
@@ -113,14 +115,10 @@ def _attempt(
         return None
 
 
-def _whole(network: Any, f_hat: Tensor, device: Any) -> Tensor:
-    return _as_image(network.pictures(f_hat.to(device)))
-
-
-def _singly(network: Any, f_hat: Tensor, device: Any) -> Tensor:
+def _wholly(network: Any, f_hat: Tensor, device: Any, together: int = 1) -> Tensor:
     import torch
 
-    return torch.cat([_whole(network, picture, device) for picture in f_hat.split(1)])
+    return torch.cat([_as_image(network.pictures(some.to(device))) for some in f_hat.split(together)])
 
 
 def _by_strips(network: Any, f_hat: Tensor, device: Any) -> Tensor:
@@ -142,8 +140,9 @@ def _as_image(pictures: Tensor) -> Tensor:
     return pictures.movedim(1, -1).float().to(host.picture_device())
 
 
-def _memory(vqvae: sockets.VQVAEHandle, tokens: sockets.TokensRecord, pictures: int) -> int:
+def picture_bytes(vqvae: sockets.VQVAEHandle, token_map: TokenMap) -> int:
+    """Return what decoding or encoding one picture takes beside the weights."""
     from ..star_core.memory import decoding_bytes
 
     size = vqvae.patcher.model.quant_conv.weight.element_size()
-    return decoding_bytes(vqvae.config, tokens.maps[-1], pictures, itemsize=size)
+    return decoding_bytes(vqvae.config, token_map, 1, itemsize=size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,10 @@ from . import host, sockets
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..star_core.config import TokenMap
     from ..star_core.request import Request, ScaleStep
+
+log = logging.getLogger(__name__)
 
 PREVIEWS = ["auto", "every scale", "off"]
 
@@ -19,22 +23,25 @@ PREVIEWS = ["auto", "every scale", "off"]
 def draw(
     model: sockets.ModelHandle, request: Request, preview: str, node_id: str | None
 ) -> tuple[ScaleStep, ...]:
-    """Return every scale of a request on the CPU, drawing only those that the last run did not leave."""
+    """Return every scale of a request on the CPU, drawing only those that the node's last run did not leave."""
     import torch
 
     from ..star_core.generate import generate
-    from ..star_core.schedule import sides_text
 
     previews = _Previews(model.vqvae.patcher.model, preview)
-    known = _remembered(model.last, request)
+    note = "" if request.maps == model.config.maps else " · untrained size"
+    progress = host.Progress(len(request.maps), node_id, note)
+    last = model.runs.of(node_id)
+    known = _remembered(last, request)
     if len(known) == len(request.maps):
+        if previews.always:
+            _show(model, known, previews, progress)
         return known
-    model.last.request, model.last.steps = None, ()
+    last.request, last.steps = None, ()
     steps: list[ScaleStep] = []
     patchers = [model.patcher, model.vqvae.patcher]
-    device = host.load(patchers, _memory(model, request))
+    device = host.load(patchers, _memory(model, request, previews=previews.ever))
     networks, vqvae = (patcher.model for patcher in patchers)
-    progress = host.Progress(len(request.maps), node_id)
     shortened = dataclasses.replace(request, prefix=known) if known else request
     run = generate(networks.transformer, networks.causal_sampler, vqvae.quantizer, shortened, device)
     try:
@@ -42,20 +49,35 @@ def draw(
             for step in run:
                 check()
                 steps.append(step.to(torch.device("cpu")))
-                text = f"scale {step.scale + 1}/{len(request.maps)} · {_side(step, sides_text)}"
-                progress.advance(step.scale + 1, text, previews.picture(step))
+                _tell(progress, step, previews)
     finally:
         # Closing the generator lets go of the KV cache, whatever ended the loop. The finished scales are
         # good in any case: after Cancel or a full memory the next run goes on from them.
         run.close()
-        model.last.request, model.last.steps = request, tuple(steps)
+        last.request, last.steps = request, tuple(steps)
     return tuple(steps)
 
 
-def _side(step: ScaleStep, sides_text: Any) -> str:
-    """Return a token map as people write it, 16x16."""
-    side = str(sides_text([step.token_map]))
-    return side if "x" in side else f"{side}x{side}"
+def _show(
+    model: sockets.ModelHandle, steps: tuple[ScaleStep, ...], previews: _Previews, progress: host.Progress
+) -> None:
+    """Show scales that are drawn already."""
+    patcher = model.vqvae.patcher
+    device = host.load([patcher], _preview_bytes(model, steps[-1].token_map))
+    with host.interruptible(patcher.model) as check:
+        for step in steps:
+            check()
+            _tell(progress, step.to(device), previews)
+
+
+def _tell(progress: host.Progress, step: ScaleStep, previews: _Previews) -> None:
+    """Say that a scale is there, and show it where that is wanted."""
+    from ..star_core.schedule import sides_text
+
+    side = sides_text([step.token_map])
+    square = side if "x" in side else f"{side}x{side}"
+    text = f"scale {step.scale + 1}/{progress.total} · {square}"
+    progress.advance(step.scale + 1, text, previews.picture(step))
 
 
 def _remembered(last: sockets.LastRun, request: Request) -> tuple[ScaleStep, ...]:
@@ -69,21 +91,25 @@ def _remembered(last: sockets.LastRun, request: Request) -> tuple[ScaleStep, ...
     return last.steps[:shared] if shared > len(request.prefix) else ()
 
 
-def _memory(model: sockets.ModelHandle, request: Request) -> int:
+def _memory(model: sockets.ModelHandle, request: Request, *, previews: bool) -> int:
     """Return how many bytes drawing takes beside the weights."""
-    from ..star_core.memory import decoding_bytes, drawing_bytes
+    from ..star_core.memory import drawing_bytes
 
-    networks, vqvae = model.patcher.model, model.vqvae.patcher.model
-    picture = decoding_bytes(
-        model.vqvae.config, request.maps[-1], 1, itemsize=vqvae.quant_conv.weight.element_size()
-    )
-    return picture + drawing_bytes(
+    return drawing_bytes(
         model.config.transformer,
         request.maps,
         len(request.seeds),
         guided=request.schedule.guided,
-        itemsize=networks.transformer.dtype.itemsize,
+        itemsize=model.patcher.model.transformer.dtype.itemsize,
+        between=_preview_bytes(model, request.maps[-1]) if previews else 0,
     )
+
+
+def _preview_bytes(model: sockets.ModelHandle, token_map: TokenMap) -> int:
+    from ..star_core.memory import decoding_bytes
+
+    size = model.vqvae.patcher.model.quant_conv.weight.element_size()
+    return decoding_bytes(model.vqvae.config, token_map, 1, itemsize=size)
 
 
 class _Previews:
@@ -99,13 +125,26 @@ class _Previews:
         self.last_took = 0.0
 
     def picture(self, step: ScaleStep) -> Image | None:
-        """Return the picture so far, None where it is not wanted or would take longer than drawing did."""
+        """Return the picture so far, None where it is not wanted or would take longer than drawing did.
+
+        Where there is no memory for it, drawing goes on without previews.
+        """
         from ..star_core.pictures import to_images
 
         now = time.monotonic()
         if not self.ever or not (self.always or now - self.drawn_since >= self.last_took):
             return None
-        (image,) = to_images(self.vqvae.pictures(step.f_hat[:1]))
+        try:
+            (image,) = to_images(self.vqvae.pictures(step.f_hat[:1]))
+        except Exception as error:
+            if not host.out_of_memory(error):
+                raise
+            log.warning("Scale-wise Sample: out of memory for a preview: drawing goes on without previews")
+            self.ever = False
+            image = None
+        if image is None:  # outside of the handler, whose exception holds what was decoded so far
+            host.empty_cache()
+            return None
         self.drawn_since = time.monotonic()
         self.last_took = self.drawn_since - now
         return image

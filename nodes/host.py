@@ -163,6 +163,20 @@ def load(patchers: Sequence[Any], memory: int = 0, *, whole: bool = False) -> to
     return device
 
 
+def load_for_pictures(patcher: Any, picture: int, count: int) -> tuple[torch.device, int]:
+    """Have weights brought to where they compute, with room for a picture of so many bytes.
+
+    Return that device and how many of `count` pictures fit into its memory together, one at least. Room is
+    made for one alone: for more of them no other model has to go.
+    """
+    import comfy.model_management as mm
+
+    device = load([patcher], picture)
+    # Newer versions count what other models would give up.
+    free = getattr(patcher, "get_free_memory", mm.get_free_memory)(device)
+    return device, max(1, min(count, int(free) // picture))
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the device's memory is full."""
     import comfy.model_management as mm
@@ -171,7 +185,10 @@ def out_of_memory(error: BaseException) -> bool:
     # Where torch knows no such exception, ComfyUI's name for it is Exception itself.
     known = mm.OOM_EXCEPTION if mm.OOM_EXCEPTION is not Exception else torch.cuda.OutOfMemoryError
     check = getattr(mm, "is_oom", None)
-    return isinstance(error, known) or (check is not None and bool(check(error)))
+    if isinstance(error, known) or (check is not None and bool(check(error))):
+        return True
+    # The CPU's allocator says it in words alone.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def empty_cache() -> None:
@@ -211,12 +228,13 @@ def interruptible(*modules: nn.Module | None) -> Iterator[Callable[[], None]]:
 
 
 class Progress:
-    """A node's progress bar, its line of text, and the picture on it."""
+    """A node's progress bar, its line of text (with a note at its end), and the picture on it."""
 
-    def __init__(self, total: int, node_id: str | None) -> None:
+    def __init__(self, total: int, node_id: str | None, note: str = "") -> None:
         import comfy.utils
 
         self.total = total
+        self.note = note
         self.node_id = node_id
         self._bar = comfy.utils.ProgressBar(total, **newer(comfy.utils.ProgressBar.__init__, node_id=node_id))
 
@@ -224,7 +242,7 @@ class Progress:
         """Say that `done` steps are finished; `picture` shows the last one."""
         preview = None if picture is None else ("JPEG", picture, PREVIEW_SIDE)
         self._bar.update_absolute(done, self.total, preview)
-        say(self.node_id, text)
+        say(self.node_id, text + self.note)
 
 
 def say(node_id: str | None, text: str) -> None:

@@ -127,7 +127,11 @@ class StarLoad(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, text_encoder: str, vqvae: str, **_: Any) -> str:
+    def fingerprint_inputs(
+        cls, checkpoint: str | None, text_encoder: str | None, vqvae: str | None, **_: Any
+    ) -> str:
+        if checkpoint is None or text_encoder is None or vqvae is None:
+            return "a choice comes over a link: which one, its own node tells"
         try:
             files = _files(checkpoint, text_encoder, vqvae)
             places = [files.star, files.vqvae, *_weights_at(files.text_encoder)]

@@ -18,15 +18,38 @@ if TYPE_CHECKING:
 def maps_for(
     config: StarConfig, width: int, height: int, start: sockets.TokensRecord | None
 ) -> tuple[TokenMap, ...]:
-    """Return the token maps of a size in pixels; 0 is the start tokens' size, else the trained one."""
+    """Return the token maps of a size in pixels; 0 is the start tokens' size, else the trained one.
+
+    Raises ValueError for a size that the model does not draw, and for start tokens of another model's scales.
+    """
     from ..star_core.config import maps_for_size
 
     if (width == 0) != (height == 0):
         raise ValueError(f"width {width} and height {height}: give both, or 0 for both")
+    if start is not None:
+        _check_scales(config, start.maps)
     if width == 0:
         return config.maps if start is None else start.maps
     maps, _ = maps_for_size(config, height, width)
     return maps
+
+
+def _check_scales(config: StarConfig, maps: tuple[TokenMap, ...]) -> None:
+    """Refuse start tokens whose maps the model never draws, at their size or any other."""
+    from ..star_core.config import maps_for_size
+    from ..star_core.schedule import sides_text
+
+    height, width = (side * config.vqvae.downsample for side in maps[-1])
+    try:
+        wanted, _ = maps_for_size(config, height, width)
+        drawn = f"draws {sides_text(wanted)}"
+    except ValueError as error:
+        wanted, drawn = (), f"has none for their size. {error}"
+    if wanted != maps:
+        raise ValueError(
+            f"start_tokens have the token maps {sides_text(maps)} of another model, {config.name} {drawn}:"
+            ' decode them with their own model\'s vqvae, and encode the picture with "VQ Encode" and this model'
+        )
 
 
 def request_for(
@@ -104,8 +127,7 @@ def _start_steps(
     if tokens.maps != maps:
         raise ValueError(
             f"start_tokens have the token maps {sides_text(tokens.maps)}, the picture to draw has"
-            f" {sides_text(maps)}: set width and height to 0 to take the start picture's size, and encode it"
-            " with the same model"
+            f" {sides_text(maps)}: set width and height to 0 to take the start picture's size"
         )
     _check_codebook(tokens, model.config.vqvae)
     if tokens.batch not in (1, batch):

@@ -95,7 +95,7 @@ class StarSample(io.ComfyNode):
                     tooltip=(
                         "What guidance leads away from; the empty prompt where nothing is connected. In a"
                         " model with paired cross-attention (the released ones) it acts through the start"
-                        " token alone. Without guidance in the schedule it does nothing."
+                        " token and the causal sampler alone. Without guidance in the schedule it does nothing."
                     ),
                 ),
                 sockets.Schedule.Input(

@@ -1,7 +1,7 @@
 """What travels between the nodes: socket types and the records on them.
 
 A record that carries a network has it in `patcher`: ComfyUI decides where its weights are, and looks for
-this name to count and to free them. Records never change, but for the last run that a model remembers.
+this name to count and to free them. Records never change, but for the last runs that a model remembers.
 """
 
 from __future__ import annotations
@@ -44,10 +44,28 @@ class VQVAEHandle:
 
 @dataclass
 class LastRun:
-    """The request that a model drew last and its finished scales, on the CPU."""
+    """The request that a node drew last and its finished scales, on the CPU."""
 
     request: Request | None = None
     steps: tuple[ScaleStep, ...] = ()
+
+
+NODES_REMEMBERED = 16
+
+
+@dataclass
+class LastRuns:
+    """What each Scale-wise Sample drew last, of so many nodes: the one that drew longest ago goes first."""
+
+    by_node: dict[str | None, LastRun] = field(default_factory=dict)
+
+    def of(self, node_id: str | None) -> LastRun:
+        """Return a node's last run, an empty one where there is none yet."""
+        last = self.by_node.pop(node_id, None) or LastRun()
+        self.by_node[node_id] = last
+        if len(self.by_node) > NODES_REMEMBERED:
+            del self.by_node[next(iter(self.by_node))]
+        return last
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class ModelHandle:
     config: StarConfig
     patcher: Any
     vqvae: VQVAEHandle
-    last: LastRun = field(default_factory=LastRun)
+    runs: LastRuns = field(default_factory=LastRuns)
 
     @property
     def has_sampler(self) -> bool:

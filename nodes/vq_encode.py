@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.v0_0_2 import io
 
 from . import host, sockets
+from .decode import picture_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,20 +56,20 @@ class StarVQEncode(io.ComfyNode):
     def execute(cls, model: sockets.ModelHandle, vqvae: sockets.VQVAEHandle, image: Tensor) -> io.NodeOutput:
         import torch
 
-        from ..star_core.memory import decoding_bytes
+        from ..star_core.request import joined
         from ..star_core.star import encode_image
 
         if model.config.vqvae != vqvae.config:
             raise ValueError("model and vqvae do not belong together: take both from one Load STAR")
         maps = _maps(model.config, image)
         network = vqvae.patcher.model
-        size = network.quant_conv.weight.element_size()
-        device = host.load([vqvae.patcher], decoding_bytes(vqvae.config, maps[-1], len(image), itemsize=size))
-        pictures = image[..., :3].movedim(-1, 1).to(device)
+        device, together = host.load_for_pictures(vqvae.patcher, picture_bytes(vqvae, maps[-1]), len(image))
+        encoded = []
         with host.interruptible(network):
-            steps = encode_image(model.config, network, pictures)
-        kept = tuple(step.to(torch.device("cpu")) for step in steps)
-        return io.NodeOutput(sockets.TokensRecord(maps, kept, vqvae.config))
+            for some in image[..., :3].movedim(-1, 1).split(together):
+                steps = encode_image(model.config, network, some.to(device))
+                encoded.append([step.to(torch.device("cpu")) for step in steps])
+        return io.NodeOutput(sockets.TokensRecord(maps, joined(encoded), vqvae.config))
 
 
 def _maps(config: StarConfig, image: Tensor) -> tuple[tuple[int, int], ...]:

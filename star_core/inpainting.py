@@ -23,7 +23,13 @@ def keep_outside(steps: Sequence[ScaleStep], redraw: Tensor) -> KeptTokens:
     """Return what a mask (B, H, W) keeps of a picture's scales: 1 is drawn anew, 0 stays.
 
     The mask may have any size; it is laid over the whole picture and averaged over each token's cell.
+    Raises ValueError for scales drawn smooth, whose tokens do not hold the picture that is to stay.
     """
+    if any(step.soft for step in steps):
+        raise ValueError(
+            "the picture to keep was drawn smooth: it is a mixture that its tokens do not hold. Decode it and"
+            " encode the picture (VQ Decode, VQ Encode), or draw it without smooth"
+        )
     return KeptTokens(
         tuple(step.tokens for step in steps),
         tuple(_kept(redraw, step.token_map) for step in steps),

@@ -16,15 +16,24 @@ DECODER_COPIES = 6
 
 
 def drawing_bytes(
-    config: TransformerConfig, maps: Sequence[TokenMap], pictures: int, *, guided: bool, itemsize: int
+    config: TransformerConfig,
+    maps: Sequence[TokenMap],
+    pictures: int,
+    *,
+    guided: bool,
+    itemsize: int,
+    between: int = 0,
 ) -> int:
-    """Return the KV cache, which the last scale does not enter, plus what its pass and its logits take."""
+    """Return the KV cache, which the last scale does not enter, plus what its pass and its logits take.
+
+    between: what work between two passes takes, such as a preview's decoding; the cache alone lies beside it.
+    """
     rows = pictures * (2 if guided else 1)
     largest = max(height * width for height, width in maps)
     cache = 2 * config.depth * rows * token_count(maps[:-1]) * config.width * itemsize
     block = (BLOCK_COPIES * largest + 2 * token_count(maps)) * rows * config.width * itemsize
     logits = LOGIT_COPIES * rows * largest * config.codebook_size * FLOAT32
-    return cache + block + logits
+    return cache + max(block + logits, between)
 
 
 def decoding_bytes(config: VQVAEConfig, token_map: TokenMap, pictures: int, *, itemsize: int) -> int:

@@ -6,6 +6,7 @@ Shapes: B pictures, maps of h * w tokens; f_hat is (B, D, H, W), the sum of all 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,18 @@ class ScaleStep:
             raise ValueError(f"one picture can be repeated, not {len(self.tokens)}")
         tokens, f_hat = self.tokens.expand(count, -1), self.f_hat.expand(count, -1, -1, -1)
         return dataclasses.replace(self, tokens=tokens, f_hat=f_hat)
+
+
+def joined(batches: Sequence[Sequence[ScaleStep]]) -> tuple[ScaleStep, ...]:
+    """Return the scales of several batches as those of one, pictures in their order."""
+    return tuple(
+        dataclasses.replace(
+            same_scale[0],
+            tokens=torch.cat([step.tokens for step in same_scale]),
+            f_hat=torch.cat([step.f_hat for step in same_scale]),
+        )
+        for same_scale in zip(*batches, strict=True)
+    )
 
 
 @dataclass(frozen=True)

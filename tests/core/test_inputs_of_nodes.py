@@ -12,6 +12,7 @@ from star_core.inpainting import keep_outside
 from star_core.memory import decoding_bytes, drawing_bytes
 from star_core.presets import SCHEDULES, named_schedule, read_schedule
 from star_core.prompts import active, spans, switch
+from star_core.request import joined
 from star_core.schedule import ScheduleError, nearest_scale, parse_schedule, scales_of
 from star_core.schedule_parts import SamplerPart, assemble, check_part, part_text, read_part
 from star_core.tiles import decode_in_tiles
@@ -196,8 +197,27 @@ def test_room_for_drawing_holds_the_cache_and_grows_with_what_is_drawn(paired):
     assert room > exact
     assert room == 2 * drawing_bytes(config, maps, 2, guided=False, itemsize=4)
     assert drawing_bytes(config, maps, 2, guided=True, itemsize=2) < room
+    # What is done between passes has the room that a pass leaves: it is alive beside the cache alone.
+    assert drawing_bytes(config, maps, 2, guided=True, itemsize=4, between=room - exact) == room
+    assert drawing_bytes(config, maps, 2, guided=True, itemsize=4, between=room) == room + exact
     picture = decoding_bytes(paired.config.vqvae, maps[-1], 1, itemsize=4)
     assert decoding_bytes(paired.config.vqvae, maps[-1], 3, itemsize=4) == 3 * picture
+
+
+def test_batches_are_joined_scale_by_scale(paired, ask, make_schedule):
+    first, second = (paired.run(ask(names, make_schedule("plain"))) for names in ([1], [2, 3]))
+    whole = joined([first, second])
+    assert len(whole) == len(first)
+    for one, other, both in zip(first, second, whole, strict=True):
+        assert torch.equal(both.tokens, torch.cat([one.tokens, other.tokens]))
+        assert torch.equal(both.f_hat, torch.cat([one.f_hat, other.f_hat]))
+        assert (both.scale, both.token_map) == (one.scale, one.token_map)
+
+
+def test_what_was_drawn_smooth_cannot_be_kept_under_a_mask(paired, ask, make_schedule):
+    steps = paired.run(ask([1], make_schedule("smooth")))
+    with pytest.raises(ValueError, match=r"drawn smooth.*encode the picture"):
+        keep_outside(steps, torch.zeros(1, 8, 8))
 
 
 def test_a_step_repeats_one_picture_and_refuses_several(paired, ask, make_schedule):

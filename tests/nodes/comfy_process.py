@@ -95,6 +95,19 @@ class Source:
         return (torch.from_numpy(np.load(path)),)
 
 
+class Text:
+    """A node that gives a text over a link."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "give", (Anything("*"),)
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"text": ("STRING", {"default": ""})}}
+
+    def give(self, text):
+        return (text,)
+
+
 class Conditioning:
     """What core's text encoder gives, without its model."""
 
@@ -145,6 +158,7 @@ async def load():
 assert asyncio.run(load()), "ComfyUI did not load the pack"
 nodes.NODE_CLASS_MAPPINGS["TestProbe"] = Probe
 nodes.NODE_CLASS_MAPPINGS["TestSource"] = Source
+nodes.NODE_CLASS_MAPPINGS["TestText"] = Text
 nodes.NODE_CLASS_MAPPINGS["TestConditioning"] = Conditioning
 sys.modules["server"] = Module
 SERVER = Module.PromptServer.instance
@@ -166,12 +180,13 @@ class Faults:
     """Counts what the engine does, and makes it fail where a test wants it to."""
 
     def __init__(self):
-        self.count = {"blocks": 0, "drawn": 0, "decoded": 0, "strips": 0}
+        self.count = dict.fromkeys(("blocks", "drawn", "decoded", "encoded", "strips"), 0)
         self.wanted = {}
         transformer, vqvae = part("star_core.transformer"), part("star_core.vqvae")
         self._watch(transformer.TextBlock, "forward", "blocks", self._at_block)
         self._watch(transformer.Transformer, "logits", "drawn", lambda *a, **k: None)
         self._watch(vqvae.VQVAE, "pictures", "decoded", self._at_decoding)
+        self._watch(vqvae.VQVAE, "encode", "encoded", lambda *a, **k: None)
         self._watch(vqvae.ResidualBlock, "_in_strips", "strips", lambda *a, **k: None)
 
     def _watch(self, owner, method, what, fault):
@@ -253,6 +268,9 @@ def preview_hook(value, total, preview, node_id=None):
 comfy.utils.set_progress_bar_global_hook(preview_hook)
 
 
+get_free_memory = mm.get_free_memory
+
+
 def run(request):
     """Run a prompt; say what came out of it, what was computed, and what the user would read."""
     SEEN.clear()
@@ -261,6 +279,7 @@ def run(request):
     FAULTS.wanted = request.get("faults", {})
     FAULTS.count = dict.fromkeys(FAULTS.count, 0)
     part("star_core.slices").STRIP["cpu"] = FAULTS.wanted.get("strip", 1 << 21)
+    mm.get_free_memory = lambda *a, **k: FAULTS.wanted.get("free_memory") or get_free_memory(*a, **k)
     args.preview_method = LatentPreviewMethod(request.get("preview_method", "none"))
     prompt, outputs = request["prompt"], request["outputs"]
     check = execution.validate_prompt

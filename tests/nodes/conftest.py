@@ -166,14 +166,14 @@ def empty_prompt() -> Callable[[], Prompt]:
     return Prompt
 
 
-def tiny_config(*, sampler: bool, text_width: int = 128) -> StarConfig:
+def tiny_config(*, sampler: bool, text_width: int = 128, sides: tuple[int, ...] = SIDES) -> StarConfig:
     return StarConfig(
         name="tiny",
         transformer=TransformerConfig(
             depth=2,
             width=64,
             heads=2,
-            scales=len(SIDES),
+            scales=len(sides),
             text_width=text_width,
             codebook_size=64,
             code_width=8,
@@ -188,17 +188,23 @@ def tiny_config(*, sampler: bool, text_width: int = 128) -> StarConfig:
             code_width=8,
             norm_groups=4,
         ),
-        maps=square_maps(SIDES),
+        maps=square_maps(sides),
         schedule=SCHEDULE,
     )
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, weigh: Callable[..., None]) -> Path:
-    """A folder models/star with tiny checkpoints: one without a causal sampler, one of narrow text states."""
+    """A folder models/star with tiny checkpoints: one without a causal sampler, one of narrow text states, one
+    of other scales."""
     place = tmp_path_factory.mktemp("star")
-    for name, sampler, text_width in (("tiny", True, 128), ("plain", False, 128), ("narrow", False, NARROW)):
-        config = tiny_config(sampler=sampler, text_width=text_width)
+    kinds = {
+        "tiny": tiny_config(sampler=True),
+        "plain": tiny_config(sampler=False),
+        "narrow": tiny_config(sampler=False, text_width=NARROW),
+        "coarse": tiny_config(sampler=False, sides=(1, 4, 16)),
+    }
+    for name, config in kinds.items():
         networks, vqvae = Networks(config.transformer), VQVAE(config.vqvae)
         weigh(networks, 1)
         weigh(vqvae, 2)

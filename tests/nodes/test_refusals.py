@@ -226,6 +226,26 @@ def test_batches_that_do_not_match_are_refused(comfy, prompt):
     refused(comfy.run(graph.change("again", mask=["mask", 0])), "3 masks for a batch of 2")
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("tiny", "coarse"), ("coarse", "tiny")])
+@pytest.mark.parametrize("side", [0, 64])
+def test_start_tokens_of_another_model_s_scales_are_refused(comfy, prompt, ours, theirs, side):
+    graph = prompt().change("load", checkpoint=f"{theirs}/star.safetensors")
+    graph.add("ours", "StarLoad").add("again", "StarSample", model=["ours", 0], positive=["text", 0])
+    graph = graph.change("ours", checkpoint=f"{ours}/star.safetensors")
+    graph = graph.change("again", start_tokens=["sample", 0], start_scale=1, width=side, height=side)
+    refused(comfy.run(graph.probe("again", name="varied")), "of another model", "tiny draws", "VQ Encode")
+
+
+def test_a_mask_over_a_picture_that_was_drawn_smooth_is_refused(comfy, prompt):
+    graph = prompt().add("smooth", "StarScaleSchedule", schedule="smooth")
+    graph = graph.change("sample", schedule=["smooth", 0])
+    graph.add("mask", "TestSource", path=comfy.array(np.zeros((1, 64, 64)), "black"))
+    graph.add("again", "StarSample", model=["load", 0], positive=["text", 0], start_tokens=["sample", 0])
+    graph = graph.probe("again", name="varied").change("again", start_scale=2)
+    assert comfy.run(graph).ok, "its coarse scales may be taken: they are whole"
+    refused(comfy.run(graph.change("again", mask=["mask", 0])), "drawn smooth", "VQ Encode")
+
+
 def test_scales_beyond_the_model_s_are_refused(comfy, prompt):
     graph = prompt().add(
         "both", "StarPromptFromScale", conditioning=["text", 0], later=["text", 0], start_scale=7
