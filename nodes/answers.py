@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import host
 from .load import checkpoint_path, preset_name
+
+if TYPE_CHECKING:
+    from ..star_core.schedule import ScaleSchedule
 
 
 def register() -> None:
@@ -18,6 +22,7 @@ def register() -> None:
 def model_facts(query: Mapping[str, str]) -> dict[str, Any]:
     """Return what the editor needs of the checkpoint that a Load STAR node has chosen."""
     from ..star_core.checkpoint import resolve_config
+    from ..star_core.presets import read_schedule
     from ..star_core.schedule import sides_text
     from ..star_core.weights import TensorFile
 
@@ -28,7 +33,11 @@ def model_facts(query: Mapping[str, str]) -> dict[str, Any]:
         "sides": sides_text(config.maps).split(),
         "codebook": config.transformer.codebook_size,
         "has_sampler": config.transformer.has_sampler,
-        "schedule": config.schedule,
+        "own": _entry(
+            "checkpoint's own",
+            "what the checkpoint draws by where no schedule is connected",
+            dataclasses.replace(read_schedule(config.schedule, config.maps), maps=config.maps),
+        ),
     }
 
 
@@ -36,25 +45,26 @@ def preset_table(query: Mapping[str, str]) -> dict[str, Any]:
     """Return every preset for the token maps in `maps`, split into the two nodes' texts."""
     from ..star_core.presets import SCHEDULES
     from ..star_core.schedule import parse_schedule
-    from ..star_core.schedule_parts import part_text
 
     sides = query.get("maps", "")
     maps = parse_schedule(f"maps {sides}; top_k 0").maps
     assert maps is not None, "the text has a maps line"
-    presets = []
-    for name, preset in SCHEDULES.items():
-        schedule = preset.build(maps)
-        sampler = {
-            "steps": part_text(schedule, "sampler"),
-            "strategy": schedule.strategy,
-            "guidance": schedule.sampler_guidance,
-        }
-        presets.append(
-            {
-                "name": name,
-                "description": preset.description,
-                "schedule": part_text(schedule, "drawing"),
-                "sampler": sampler if schedule.refines else None,
-            }
-        )
-    return {"presets": presets}
+    entries = [_entry(name, preset.description, preset.build(maps)) for name, preset in SCHEDULES.items()]
+    return {"presets": entries}
+
+
+def _entry(name: str, description: str, schedule: ScaleSchedule) -> dict[str, Any]:
+    """Return an entry of the editor's menu; `sampler` is None where nothing is refined."""
+    from ..star_core.schedule_parts import part_text
+
+    sampler = {
+        "steps": part_text(schedule, "sampler"),
+        "strategy": schedule.strategy,
+        "guidance": schedule.sampler_guidance,
+    }
+    return {
+        "name": name,
+        "description": description,
+        "schedule": part_text(schedule, "drawing"),
+        "sampler": sampler if schedule.refines else None,
+    }

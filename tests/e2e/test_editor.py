@@ -178,6 +178,70 @@ def test_presets_are_written_into_the_text(comfy: ComfyPage) -> None:
     assert line(comfy.value(schedule, "schedule"), "top_k") == "600", "a preset is one step of undo"
 
 
+def test_the_checkpoint_s_own_schedule_is_in_the_menu_of_a_connected_model(comfy: ComfyPage) -> None:
+    load = comfy.add("StarLoad", 600, 90)
+    schedule = comfy.add("StarScaleSchedule", 80, 90)
+    comfy.connect(load, "model", schedule, "model")
+    comfy.settle(1000)
+    comfy.editor(schedule).locator("select").focus()
+    comfy.settle(1500)
+    comfy.editor(schedule).locator("select").select_option("checkpoint's own")
+    comfy.settle()
+    assert line(comfy.value(schedule, "schedule"), "guidance") == "3*8 2 1", "the shipped model's"
+    assert comfy.bar_values(schedule, "guidance") == [3] * 8 + [2, 1]
+
+
+def test_the_editor_sees_that_another_checkpoint_was_chosen(comfy: ComfyPage) -> None:
+    load = comfy.add("StarLoad", 600, 90)
+    schedule = comfy.add("StarScaleSchedule", 80, 90)
+    comfy.connect(load, "model", schedule, "model")
+    comfy.settle(1000)
+    options = comfy.editor(schedule).locator("select")
+    options.focus()
+    comfy.settle(1500)
+    options.select_option("checkpoint's own")
+    assert line(comfy.value(schedule, "schedule"), "guidance") == "3*8 2 1"
+    comfy.write(load, "checkpoint", "tiny.safetensors")
+    with comfy.page.expect_response("**/star/presets*"):
+        comfy.editor(schedule).hover()
+    comfy.settle()
+    options.select_option("checkpoint's own")
+    comfy.settle()
+    assert line(comfy.value(schedule, "schedule"), "guidance") == "ramp 4", "the tiny model's"
+
+
+def test_texts_that_the_server_takes_are_no_errors_here(comfy: ComfyPage) -> None:
+    any_scales = "top_k 600\ntop_p 0.8\nguidance ramp 4"
+    schedule = comfy.add("StarScaleSchedule", 80, 90, schedule=any_scales)
+    message = comfy.editor(schedule).locator(".star-message")
+    comfy.settle()
+    assert "any number of scales" in message.inner_text()
+    comfy.write(schedule, "schedule", "top_k many\ntop_p 0.8")
+    comfy.settle()
+    assert "many" in message.inner_text()
+    comfy.write(schedule, "schedule", any_scales)
+    load = comfy.add("StarLoad", 600, 90)
+    comfy.connect(load, "model", schedule, "model")
+    comfy.settle(1000)
+    assert comfy.bar_values(schedule, "top_k") == [600] * 10
+    sides = comfy.editor(schedule).locator('[data-quantity="top_p"] .star-side').all_inner_texts()
+    assert sides[-1] == "16"
+
+
+def test_a_preset_s_name_is_told_from_a_slip_of_the_pen(comfy: ComfyPage) -> None:
+    schedule = comfy.add("StarScaleSchedule", 80, 90, schedule="official1024")
+    comfy.settle(1000)
+    message = comfy.editor(schedule).locator(".star-message")
+    assert "There is no preset “official1024”" in message.inner_text()
+    assert "official-1024" in message.inner_text()
+    comfy.write(schedule, "schedule", "official-1024")
+    comfy.settle()
+    assert "The text is the preset" in message.inner_text()
+    comfy.editor(schedule).locator("select").focus()
+    comfy.settle(1000)
+    assert "No Load STAR" in comfy.editor(schedule).locator(".star-note").inner_text()
+
+
 def test_a_sampler_preset_sets_its_fields_too(comfy: ComfyPage) -> None:
     sampler = comfy.add("StarCausalSampler", 80, 90)
     comfy.editor(sampler).locator("select").focus()

@@ -69,7 +69,7 @@ def test_every_node_input_and_output_explains_itself(info):
 
 def test_paired_negative_prompts_are_explained(info):
     _, options = info["StarSample"]["input"]["optional"]["negative"]
-    assert "start token alone" in options["tooltip"]
+    assert "start token and the causal sampler alone" in options["tooltip"]
 
 
 @pytest.mark.parametrize("language", ["en", "zh", "ja"])
@@ -95,12 +95,16 @@ def test_locales_cover_every_node_input_and_output(info, language):
 
 def test_the_editor_is_told_a_model_s_sides_and_its_presets(comfy):
     facts = comfy.ask("answer", name="model_facts", query={"checkpoint": "tiny/star.safetensors"})
+    own = facts.pop("own")
+    assert own["name"] == "checkpoint's own"
+    assert own["sampler"] is None
+    assert "temperature 2" in own["schedule"]
+    assert "maps 1 2 4 6 10 16" in own["schedule"]
     assert facts == {
         "name": "tiny",
         "sides": ["1", "2", "4", "6", "10", "16"],
         "codebook": 64,
         "has_sampler": True,
-        "schedule": "guidance ramp 1; temperature 2",
     }
     table = comfy.ask("answer", name="preset_table", query={"maps": "1 2 4 6 10 16"})["presets"]
     by_name = {preset["name"]: preset for preset in table}

@@ -5,7 +5,10 @@ import * as quantities from "../../web/js/quantities.js";
 import { parseSchedule } from "../../web/js/schedule_text.js";
 
 function answer([name, ...parameters]) {
-  if (name === "readPart") return caught(() => part.readPart(parameters[0], part.PARTS[parameters[1]]).scales);
+  if (name === "readPart") {
+    const [text, node, scales] = parameters;
+    return caught(() => part.readPart(text, part.PARTS[node], scales).scales);
+  }
   if (name === "isShownIn") return caught(() => quantities.isShown(parameters[0], parseSchedule(parameters[1])));
   return caught(() => (part[name] ?? quantities[name])(...parameters));
 }

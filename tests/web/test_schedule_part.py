@@ -129,6 +129,20 @@ def test_lines_of_the_other_node_are_refused_in_the_nodes_words(node: str, part:
         assert answer == {"error": str(caught.value)}
 
 
+def test_a_text_for_any_number_of_scales_takes_the_model_s() -> None:
+    node, text = "StarScaleSchedule", "top_k 600\ntop_p 0.8\nguidance ramp 4"
+    alone, ours, listed, broken = call(
+        ["readPart", text, node],
+        ["readPart", text, node, 14],
+        ["readPart", "top_k 600*9 3", node, 14],
+        ["readPart", "top_k many", node, 14],
+    )
+    assert "does not say how many scales" in alone["error"]
+    assert ours == {"value": 14}
+    assert listed == {"value": 10}, "what a text says itself holds"
+    assert "many" in broken["error"]
+
+
 def test_a_lone_word_is_a_presets_name() -> None:
     names = list(SCHEDULES)
     assert [answer["value"] for answer in call(*[["presetName", f" {name}\n"] for name in names])] == names

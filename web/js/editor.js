@@ -14,7 +14,7 @@ const GAP = 4;
 
 /**
  * `host`: read() and write(text); begin() and end() around one step of undo; linked(); showText(start, end);
- * askModel() and askPresets(sides), both promises; applyPreset(preset) for what stands outside the text;
+ * askModel(), askPresets(sides) and askNames(), all promises; applyPreset(preset) for what stands outside the text;
  * locale(); resized().
  */
 export class ScheduleEditor {
@@ -26,6 +26,7 @@ export class ScheduleEditor {
     this.visibleRows = part.quantities.filter((name) => !isRare(name)).length;
     this.build();
     this.refresh();
+    this.learnNames();
   }
 
   get height() {
@@ -53,9 +54,11 @@ export class ScheduleEditor {
       this.note,
     ]);
     this.fillButton.addEventListener("click", () => this.fillSides());
-    this.presets.addEventListener("pointerdown", () => this.loadPresets());
-    this.presets.addEventListener("focus", () => this.loadPresets());
+    this.presets.addEventListener("focus", () => this.openPresets());
+    this.presets.addEventListener("pointerdown", () => this.openPresets());
     this.presets.addEventListener("change", () => this.choosePreset());
+    // Load STAR may have chosen another checkpoint since: of that no link tells.
+    this.root.addEventListener("pointerenter", () => this.loadPresets());
     for (const control of [this.presets, this.fillButton]) {
       for (const name of ["pointerdown", "keydown"]) control.addEventListener(name, (event) => event.stopPropagation());
     }
@@ -80,21 +83,31 @@ export class ScheduleEditor {
     this.schedule = null;
     if (this.host.linked()) return this.showMessage("plain", this.word("linked"));
     const preset = presetName(text);
-    if (preset !== null) return this.showMessage("plain", this.word("named", `“${preset}”`));
+    if (preset !== null) {
+      if (this.names?.includes(preset) ?? true) return this.showMessage("plain", this.word("named", `“${preset}”`));
+      return this.showMessage("error", this.word("unknown", `“${preset}”`, this.names.join(", ")));
+    }
     try {
-      this.schedule = readPart(text, this.part);
+      this.schedule = readPart(text, this.part, this.model?.sides.length);
     } catch (error) {
       if (!(error instanceof ScheduleTextError)) throw error;
-      return this.showError(text, error);
+      const wrong = error.lacksScales ? wrongForAnyModel(text, this.part) : error;
+      return wrong ? this.showError(text, wrong) : this.showMessage("plain", this.word("anyScales"));
     }
     return this.showBars();
+  }
+
+  /** Ask which presets there are, to tell a name from a slip of the pen. */
+  async learnNames() {
+    this.names = await this.host.askNames();
+    if (presetName(this.host.read()) !== null) this.refresh();
   }
 
   showBars() {
     const { schedule } = this;
     this.message.hidden = true;
     this.list.hidden = false;
-    const sides = schedule.maps ? sidesText(schedule.maps).split(" ") : this.numbers(schedule.scales);
+    const sides = schedule.maps ? sidesText(schedule.maps).split(" ") : this.sidesOf(schedule.scales);
     const steps = this.part.quantities.includes("steps") ? valuesOf(schedule, "steps") : null;
     for (const row of this.rows) {
       const { name } = row;
@@ -125,7 +138,8 @@ export class ScheduleEditor {
     return (name === "top_k" || name === "top_p") && Boolean(this.schedule.values.smooth?.[scale]);
   }
 
-  numbers(scales) {
+  sidesOf(scales) {
+    if (this.model?.sides.length === scales) return this.model.sides;
     return Array.from({ length: scales }, (_, scale) => `#${scale + 1}`);
   }
 
@@ -182,6 +196,7 @@ export class ScheduleEditor {
 
   /** Ask what the connected model draws; where none is connected, forget the last one. */
   async askModel() {
+    const before = JSON.stringify(this.model);
     try {
       this.model = await this.host.askModel();
     } catch (error) {
@@ -189,7 +204,7 @@ export class ScheduleEditor {
       this.setNote("warning", this.word("failed", error.message));
       return null;
     }
-    if (!this.host.linked() && this.schedule) this.showBars();
+    if (JSON.stringify(this.model) !== before) this.refresh();
     return this.model;
   }
 
@@ -220,23 +235,31 @@ export class ScheduleEditor {
 
   /** Fill the menu for the model's sides, or for the text's own where no model is connected. */
   async loadPresets() {
-    const own = this.schedule?.maps ? sidesText(this.schedule.maps).split(" ") : mapsLine(this.host.read());
-    const sides = this.model?.sides ?? own;
-    if (!sides || this.offeredFor === sides.join(" ")) return;
+    const model = await this.askModel();
+    const written = this.schedule?.maps ? sidesText(this.schedule.maps).split(" ") : mapsLine(this.host.read());
+    const sides = model?.sides ?? written;
+    const wanted = JSON.stringify([sides, model?.own]);
+    if (!sides || this.offeredFor === wanted) return;
     try {
-      const presets = await this.host.askPresets(sides);
-      this.offeredFor = sides.join(" ");
+      const presets = [...(model ? [model.own] : []), ...(await this.host.askPresets(sides))];
+      this.offeredFor = wanted;
       this.offered = presets.filter((preset) => this.part.widget === "schedule" || preset.sampler);
     } catch (error) {
       this.setNote("warning", this.word("failed", error.message));
       return;
     }
     const options = this.offered.map((preset) => {
-      const option = new Option(preset.name, preset.name);
+      const option = new Option(preset === model?.own ? this.word("own") : preset.name, preset.name);
       option.title = preset.description;
       return option;
     });
     this.presets.replaceChildren(new Option(this.word("presets"), ""), ...options);
+  }
+
+  /** Fill the menu that is being opened, or say why it stays empty. */
+  async openPresets() {
+    await this.loadPresets();
+    if (!this.offered && !this.note.textContent) this.setNote("warning", this.word("noModel"));
   }
 
   choosePreset() {
@@ -254,6 +277,17 @@ export class ScheduleEditor {
     this.host.end();
     this.setNote("plain", `${preset.name}: ${preset.description}`);
   }
+}
+
+/** What is wrong with a text that says no number of scales, whatever the model; null where nothing is. */
+function wrongForAnyModel(text, part) {
+  try {
+    readPart(text, part, 2);
+  } catch (error) {
+    if (!(error instanceof ScheduleTextError)) throw error;
+    return error;
+  }
+  return null;
 }
 
 function mapsLine(text) {

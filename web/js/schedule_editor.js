@@ -12,6 +12,8 @@ const MARGIN = 6;
 const WIDTH = 480;
 const TEXT_HEIGHT = 100;
 
+let names = null;
+
 async function ask(route) {
   const response = await api.fetchApi(route);
   const answer = await response.json().catch(() => ({}));
@@ -45,6 +47,14 @@ function hostOf(node, part, textWidget) {
     },
     async askPresets(sides) {
       return (await ask(`/star/presets?${new URLSearchParams({ maps: sides.join(" ") })}`)).presets;
+    },
+    // The same for every editor. A server that does not answer now may do so later.
+    async askNames() {
+      names ??= ask("/star/presets?maps=1+2").then(({ presets }) => presets.map((preset) => preset.name));
+      return names.catch(() => {
+        names = null;
+        return null;
+      });
     },
     applyPreset(preset) {
       if (part.widget !== "steps" || !preset.sampler) return;

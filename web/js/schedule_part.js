@@ -40,13 +40,21 @@ export function presetName(text) {
   return lines.length === 1 && lines[0].words.length === 1 ? lines[0].words[0].text : null;
 }
 
-/** Read a node's text. Lines that belong to the other node are refused as the node itself refuses them. */
-export function readPart(text, part) {
+/**
+ * Read a node's text. Lines that belong to the other node are refused as the node itself refuses them. `scales` is
+ * the model's number of them, for a text that says none.
+ */
+export function readPart(text, part, scales = null) {
   for (const line of linesOf(text)) {
     const name = line.words[0];
     if (Object.hasOwn(part.elsewhere, name.text)) throw fail(line, name, part.elsewhere[name.text]);
   }
-  return parseSchedule(text);
+  try {
+    return parseSchedule(text);
+  } catch (error) {
+    if (scales === null || !error.lacksScales) throw error;
+    return parseSchedule(text, scales);
+  }
 }
 
 /** Write the values of one quantity into a text: its line changes, or is added; every other character stays. */

@@ -38,7 +38,15 @@ export class ScheduleTextError extends Error {
     this.start = start;
     this.end = end;
   }
+
+  /** Whether nothing is missing but a number of scales, which a model would bring. */
+  get lacksScales() {
+    return this.problem === NO_SCALES;
+  }
 }
+
+const NO_SCALES =
+  "the schedule does not say how many scales it has: add a `maps` line, as in `maps 1 2 3 4 5 6 8 10 13 16`";
 
 /** The released guidance per scale: strength s / (S - 1), none at the first scale. */
 export function ramp(strength, scales) {
@@ -168,9 +176,7 @@ function expectedScales(lines, scales, stretch) {
     if ((isMaps(line) && rest.length) || (listed && count > 1)) return Math.min(count, MAX_STEPS);
   }
   if (scales !== null) return scales;
-  throw plainError(
-    "the schedule does not say how many scales it has: add a `maps` line, as in `maps 1 2 3 4 5 6 8 10 13 16`",
-  );
+  throw plainError(NO_SCALES);
 }
 
 function spread(line, words, scales) {
