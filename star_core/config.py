@@ -264,7 +264,7 @@ SCALES_512_LONG = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 24, 32)
 SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 
-def _released(name: str, depth: int, sides: Sequence[int], schedule: str, sampler_depth: int = 0) -> StarConfig:
+def _released(name: str, depth: int, sides: Sequence[int], schedule: str, **fields: Any) -> StarConfig:
     return StarConfig(
         name=name,
         transformer=TransformerConfig(
@@ -274,7 +274,7 @@ def _released(name: str, depth: int, sides: Sequence[int], schedule: str, sample
             scales=len(sides),
             text_width=1024,
             codebook_size=4096,
-            sampler_depth=sampler_depth,
+            **fields,
         ),
         vqvae=VQVAEConfig(),
         maps=square_maps(sides),
@@ -287,19 +287,28 @@ PRESETS: Mapping[str, StarConfig] = {
     for config in (
         _released("star-256-d16", 16, SCALES_256, "official-256"),
         _released("star-256-d30", 30, SCALES_256, "official-256"),
+        _released(
+            "star-256-d30-sampler",
+            30,
+            SCALES_256,
+            "official-1024",
+            sampler_depth=3,
+            rope_theta=100.0,
+            rope_extent=32.0,
+        ),
         _released("star-512-d30", 30, SCALES_512, "official-512"),
         _released("star-512-d30-12-scales", 30, SCALES_512_LONG, "official-512"),
         _released("star-1024-d30", 30, SCALES_1024, "official-512"),
         _released("star-1024-d30-sampler", 30, SCALES_1024, "official-1024", sampler_depth=3),
     )
 }
-"""The released checkpoints (official-star.md section 4). Files that say nothing need one of these names."""
+"""The released checkpoints, and the official configuration of a 256 px run with a causal sampler (official-star.md
+section 4). Files that say nothing need one of these names."""
 
 
 def preset(name: str, overrides: Mapping[str, Any] | None = None) -> StarConfig:
     """Return a released configuration, with transformer fields replaced by `overrides`.
 
-    One official 256 px sampler run, for instance, has rope_theta 100 and rope_extent 32.
     Raises ValueError for an unknown name or field.
     """
     if name not in PRESETS:

@@ -312,6 +312,16 @@ def test_a_preset_that_the_shapes_contradict_is_refused(name: str, preset: str, 
         load_networks(path, preset_name=preset)
 
 
+def test_the_256_px_configuration_with_a_sampler_is_found_by_its_shapes(tmp_path: Path):
+    shapes = dict(RELEASED["var_d30_1024_sampler"])
+    shapes |= {name: [10, *shape[1:]] for name, shape in shapes.items() if name.startswith("lvl_embed")}
+    path = hollow_file(tmp_path / "bare.safetensors", shapes)
+    with pytest.raises(ValueError, match=r"choose a preset.*: star-256-d30-sampler$"):
+        load_networks(path)
+    config = resolve_config(TensorFile(path), "star-256-d30-sampler")
+    assert (config.transformer.rope_theta, config.transformer.rope_extent) == (100, 32)
+
+
 def test_a_preset_that_the_metadata_contradicts_is_refused(tmp_path: Path):
     # The 256 px and 512 px models have equal names and shapes: only the metadata can tell.
     metadata = {"star": PRESETS["star-512-d30"].to_json()}
