@@ -15,6 +15,10 @@ from typing import NoReturn
 
 EXIT_USER = 2
 EXIT_PARITY = 1
+MEMORY_REMEDY = (
+    ": draw fewer pictures together (--batch), decode in strips (--low-memory), or keep most weights in the"
+    " host's memory (--gpu-memory)"
+)
 
 TRAIN_STAGES = {
     "data": ("emoji", "download and render the emoji pictures"),
@@ -61,10 +65,20 @@ def build_parser(stage: str | None, evaluating: bool) -> Parser:
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", help="one or several prompts")
     parser.add_argument("--prompts-file", type=Path, help="a text file, one prompt per line")
-    parser.add_argument("--recipe", type=Path, help="a PNG of `sample`: draw it again")
-    parser.add_argument("--negative", default="", help="text that guidance leads away from")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--recipe", type=Path, help="a PNG of `sample`: draw it again, by all that it says")
+    parser.add_argument(
+        "--negative",
+        help="text that guidance leads away from (by the released models, with paired cross-attention, through"
+        " the start token and the causal sampler alone)",
+    )
+    parser.add_argument("--seed", type=int, help="decides a picture, with its prompt and index (default: 0)")
+    parser.add_argument("--count", type=int, help="pictures per prompt (default: 1)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="pictures drawn together (default: 16, or as many as free memory holds); float32 pictures do not"
+        " depend on it",
+    )
     parser.add_argument("--schedule", help="preset name, schedule text, or a file with one")
     parser.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the trained size)")
     parser.add_argument("--out", type=Path, help="picture to write (one picture only)")
@@ -78,14 +92,20 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--preset", help="which released model a bare state dict is")
     parser.add_argument("--device", default="", help="cpu, cuda, mps (default: the fastest there is)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="number format (default: float32); in the other two a picture's last bits, and so a token now and"
+        " then, depend on how many are drawn with it (--batch)",
+    )
     eight_bit = parser.add_mutually_exclusive_group()
     eight_bit.add_argument(
         "--int8",
         dest="eight_bit",
         action="store_const",
         const="int8",
-        help="fast mode: 8-bit weights, half the memory (another picture); on a GPU not faster",
+        help="fast mode: 8-bit weights, half the memory (another picture, which depends on --batch as in"
+        " bfloat16); on a GPU not faster",
     )
     eight_bit.add_argument(
         "--fp8",
@@ -95,11 +115,15 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         help="fast mode: the same in 8-bit floats, for GPUs that multiply them (Ada, Hopper and later)",
     )
     parser.add_argument(
-        "--graphs", action="store_true", help="repeat scales as CUDA graphs: for many pictures on a GPU"
+        "--graphs",
+        action="store_true",
+        default=None,
+        help="repeat scales as CUDA graphs: for many pictures on a GPU",
     )
     parser.add_argument(
         "--packed",
         action="store_true",
+        default=None,
         help="lay bfloat16 weights out for a CPU's products: for many pictures on a CPU",
     )
     parser.add_argument(
@@ -116,9 +140,12 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _gigabytes(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no amount of memory: give gigabytes, as in 6 or 5.5")
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number * 1e9 < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory: give gigabytes, as in 6 or 5.5")
     return number
 
 
@@ -142,9 +169,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"star_core: {error}", file=sys.stderr)
         return EXIT_USER
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"star_core: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_USER
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        first, _, _ = str(error).partition("\n")
+        remedy = MEMORY_REMEDY if given[:1] == ["sample"] else ""
+        print(f"star_core: out of memory ({first:.160}){remedy}", file=sys.stderr)
+        return EXIT_USER
     except KeyboardInterrupt:
         print("star_core: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory, told by name and words: importing torch for that would take its time."""
+    words = ("out of memory", "DefaultCPUAllocator")
+    return type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -17,6 +20,9 @@ RECIPE_KEY = "star"
 STRIP_GAP = 4
 DTYPES = ("float32", "bfloat16", "float16")
 EIGHT_BIT = ("int8", "fp8", None)
+LARGEST = 2**64 - 1
+"""The largest seed, and index."""
+LONGEST_SIDE = 99_999
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Recipe:
 
     `size` is (height, width) in pixels; `schedule` the text form; `model` the checkpoint's own name; `dtype`,
     `eight_bit`, `graphs` and `packed` how it was loaded. 8-bit products, and pictures by them, differ by kind
-    of device.
+    of device. It does not hold which others were drawn with the picture: in float32 they do not matter; in
+    other formats they move last bits, and drawn again alone the picture is a near one.
     """
 
     prompt: str
@@ -45,23 +52,70 @@ class Recipe:
 
     @staticmethod
     def from_json(text: str) -> Recipe:
-        """Read `to_json`'s text. Raises ValueError where it is none."""
+        """Read `to_json`'s text. Raises ValueError naming the field, and its value, where it is none."""
         try:
-            record = json.loads(text)
-            height, width = record.pop("size")
-            # Older pictures say whether their weights were bytes, there was no other kind.
-            if record.pop("int8", False):
-                record["eight_bit"] = "int8"
-            recipe = Recipe(size=(int(height), int(width)), **record)
-            known = recipe.dtype in DTYPES and recipe.eight_bit in EIGHT_BIT
-            if not known or not all(isinstance(said, bool) for said in (recipe.graphs, recipe.packed)):
-                raise ValueError(
-                    f"dtype {recipe.dtype!r}, eight_bit {recipe.eight_bit!r}, graphs {recipe.graphs!r},"
-                    f" packed {recipe.packed!r}"
-                )
-            return recipe
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"not a recipe of a picture ({error!s:.120}): {text:.120}") from error
+            return Recipe(**_checked(_parsed(text)))
+        except RecursionError as error:
+            raise ValueError(f"not a recipe of a picture (nested too deep): {text!r:.80}") from error
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not a recipe of a picture ({error!s:.120}): {text!r:.80}") from error
+
+
+def _checked(record: object) -> dict[str, Any]:
+    """Return a recipe's fields as read from JSON. Raises ValueError for one that is wrong, odd or missing."""
+    if not isinstance(record, dict):
+        raise ValueError(f"not a recipe of a picture: {record!r:.80}")
+    for name, value in record.items():
+        if name not in _FIELDS:
+            raise ValueError(f"the recipe says {name!r:.40}, which this version does not know")
+        kind, fits = _FIELDS[name]
+        if not fits(value):
+            raise ValueError(f"the recipe says {name} {value!r:.80}, which is not {kind}")
+    for field in dataclasses.fields(Recipe):
+        if field.name not in record and field.default is dataclasses.MISSING:
+            raise ValueError(f"the recipe says no {field.name}")
+    fields = {**record, "size": tuple(record["size"])}
+    # Older pictures say whether their weights were bytes, there was no other kind.
+    if fields.pop("int8", False):
+        fields["eight_bit"] = "int8"
+    return fields
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that UTF-8 can hold: not so the bytes of a command line that are no UTF-8."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: object) -> bool:
+    return _is_whole(value, 0, LARGEST)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_whole(v, 1, LONGEST_SIDE) for v in value)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+_FIELDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+    **dict.fromkeys(("prompt", "negative", "schedule", "model"), ("a text", is_text)),
+    **dict.fromkeys(("seed", "index"), (f"a whole number from 0 to {LARGEST}", _is_number)),
+    "size": (f"[height, width] in pixels, each a whole number from 1 to {LONGEST_SIDE}", _is_size),
+    "dtype": (f"one of {', '.join(DTYPES)}", lambda value: value in DTYPES),
+    "eight_bit": ("int8, fp8 or null", lambda value: value in EIGHT_BIT),
+    **dict.fromkeys(("graphs", "packed", "int8"), ("true or false", _is_flag)),
+}
+"""What a recipe's JSON may hold: for each field what it is, and whether a value is that."""
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
@@ -78,10 +132,11 @@ def from_image(image: Image.Image) -> Tensor:
     return torch.from_numpy(levels / 255).permute(2, 0, 1).unsqueeze(0)
 
 
-def save_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
-    """Write a PNG that carries its recipe. Raises ValueError where the folder cannot be written."""
+def save_png(image: Image.Image, path: Path, recipe: Recipe | None = None) -> None:
+    """Write a PNG that carries its recipe, where it has one. Raises ValueError where it cannot be written."""
     info = PngInfo()
-    info.add_itxt(RECIPE_KEY, recipe.to_json())
+    if recipe is not None:
+        info.add_itxt(RECIPE_KEY, recipe.to_json())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, format="PNG", pnginfo=info)
@@ -90,15 +145,21 @@ def save_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Return the recipe of a PNG that `save_png` wrote. Raises ValueError where there is none."""
+    """Return the recipe of a PNG that `save_png` wrote.
+
+    Raises ValueError naming the file where there is none, and what is wrong in one that is damaged.
+    """
     try:
         with Image.open(path) as image:
             text = image.info.get(RECIPE_KEY)
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a picture that can be opened ({error})") from error
     if not isinstance(text, str):
         raise ValueError(f"{path}: carries no recipe; only a PNG that `sample` wrote does")
-    return Recipe.from_json(text)
+    try:
+        return Recipe.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def strip(images: Sequence[Image.Image]) -> Image.Image:

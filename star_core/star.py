@@ -48,6 +48,8 @@ class Options:
     schedule: a ScaleSchedule, a preset's name or a schedule text. size: (height, width) in pixels.
     count: pictures per prompt, with indices 0.. . indices: instead, one picture per prompt with this index.
     prefix, stop, kept: see generate.Request.
+    In float32 a picture depends on its prompt, seed and index alone. In other formats, and with 8-bit weights,
+    its last bits, and so a token now and then, depend on how many others are drawn with it.
     """
 
     seed: int = 0
@@ -76,7 +78,8 @@ class Options:
 
 
 class Star:
-    """A loaded model. Drawing changes nothing in it; only the empty prompt's text states are remembered.
+    """A loaded model. Drawing changes nothing in it; only the empty prompt's text states are remembered, and
+    which untrained sizes were warned of.
 
     graphs: scales are recorded as CUDA graphs, and repeated for later pictures of the same size, schedule and
     batch; the memory of the last such shape stays held. Raises ValueError for another device.
@@ -96,8 +99,7 @@ class Star:
         graphs: bool = False,
         short_of_memory: bool = False,
     ) -> None:
-        if graphs and device.type != "cuda":
-            raise ValueError(f"graphs are CUDA's, this model is on {device}: leave them out, or use a GPU")
+        check_graphs(graphs, device)
         if text_encoder.width != config.transformer.text_width:
             raise ValueError(
                 f"{config.name} reads text states of width {config.transformer.text_width}, this text"
@@ -113,6 +115,7 @@ class Star:
         self.replays: Replays[Canvas] | None = Replays() if graphs else None
         self.text_replays: Replays[Any] | None = Replays() if graphs else None
         self._empty: TextStates | None = None
+        self._told: set[tuple[TokenMap, ...]] = set()
 
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
         """Return the text states of N prompts: hidden (N, T, D), mask (N, T), pooled (N, D)."""
@@ -130,19 +133,25 @@ class Star:
                 return self.text_encoder.encode(prompts)
 
     def maps(self, size: tuple[int, int] | None) -> tuple[TokenMap, ...]:
-        """Return the token maps of a size (height, width) in pixels, the trained ones for None."""
+        """Return the token maps of a size (height, width) in pixels, the trained ones for None.
+
+        Warns of an untrained size, once. Raises ValueError for a size that the model does not have.
+        """
         if size is None:
             return self.config.maps
-        maps, _ = maps_for_size(self.config, *size)
+        maps, trained = maps_for_size(self.config, *size)
+        if not trained and maps not in self._told:
+            self._told.add(maps)
+            (height, width), (trained_height, trained_width) = size, self.config.resolution
+            _log.warning(
+                "%dx%d is an untrained size of %s, expect worse pictures; the trained one is %dx%d",
+                *(width, height, self.config.name, trained_width, trained_height),
+            )
         return maps
 
     def schedule(self, choice: ScaleSchedule | str | None, maps: Sequence[TokenMap]) -> ScaleSchedule:
         """Return the schedule that a choice means for these maps, as the model can run it."""
-        chosen = self.config.schedule if choice is None else choice
-        schedule = read_schedule(chosen, maps) if isinstance(chosen, str) else chosen
-        has_sampler = self.causal_sampler is not None
-        # Checked here already, so that a bad schedule fails before the first scale is drawn.
-        return schedule.fit(maps, self.config.transformer.codebook_size, has_sampler=has_sampler)
+        return schedule_of(self.config, choice, maps, has_sampler=self.causal_sampler is not None)
 
     def request(
         self,
@@ -153,7 +162,8 @@ class Star:
         """Return the generation request of N prompts.
 
         prompts: N texts; or spans (start scale, N texts), whose first starts at scale 0.
-        negative: one text for all or one per prompt; "" is the unconditional text.
+        negative: one text for all or one per prompt; "" is the unconditional text. With paired cross-attention
+        (the released models) it acts through the start token and the causal sampler alone.
         """
         options = options or Options()
         spans = _spans(prompts)
@@ -223,6 +233,25 @@ class Star:
         return encode_image(self.config, self.vqvae, pictures.to(self.device))
 
 
+def schedule_of(
+    config: StarConfig, choice: ScaleSchedule | str | None, maps: Sequence[TokenMap], *, has_sampler: bool
+) -> ScaleSchedule:
+    """Return the schedule that a choice means for a model's maps, its own for None, as the model can run it.
+
+    Raises ValueError for one that it cannot run.
+    """
+    chosen = config.schedule if choice is None else choice
+    schedule = read_schedule(chosen, maps) if isinstance(chosen, str) else chosen
+    # Checked here already, so that a bad schedule fails before the first scale is drawn.
+    return schedule.fit(maps, config.transformer.codebook_size, has_sampler=has_sampler)
+
+
+def check_graphs(graphs: bool, device: torch.device) -> None:
+    """Raise ValueError where graphs are asked for and cannot be had."""
+    if graphs and device.type != "cuda":
+        raise ValueError(f"graphs are CUDA's, this model is on {device}: leave them out, or use a GPU")
+
+
 @torch.no_grad()
 def encode_image(config: StarConfig, vqvae: VQVAE, pictures: Tensor) -> tuple[ScaleStep, ...]:
     """Return pictures (B, 3, H, W) in [0, 1], on the VQ-VAE's device, as finished scales of a model.
@@ -250,6 +279,8 @@ def _spans(
     texts = [p for p in prompts if isinstance(p, str)]
     if len(texts) == len(prompts):
         return [(0, texts)]
+    if texts:
+        raise ValueError(f"prompts are all texts or all spans (start scale, texts), not both: {prompts!r:.120}")
     return [(span[0], list(span[1])) for span in prompts if not isinstance(span, str)]
 
 
@@ -321,6 +352,8 @@ def load(
             f"gpu_memory is for a GPU, without graphs and 8-bit weights (device {device}, graphs {graphs},"
             f" eight_bit {eight_bit}): leave it out, or them"
         )
+    check_graphs(graphs, device)
+    words = _named_tokenizer(tokenizer)
     if packed:
         check_packing(dtype, device, eight_bit)
     place = device if gpu_memory is None else torch.device("cpu")
@@ -331,7 +364,7 @@ def load(
     picture_network = load_vqvae(files.vqvae, config.vqvae, dtype=dtype, device=device)
     encoder = load_text_encoder(
         files.text_encoder,
-        tokenizer=Path(tokenizer) if tokenizer is not None else None,
+        tokenizer=words,
         dtype=text_dtype,
         device=place,
     )
@@ -361,3 +394,18 @@ def _beside(given: Path | str | None, default: Path, what: str, option: str) -> 
     if not place.exists():
         raise ValueError(f"{place}: no {what} there. Put it there or name it with {option}")
     return place
+
+
+def _named_tokenizer(given: Path | str | None) -> Path | None:
+    """Return the tokenizer that is named, if one is. Raises ValueError where its files are not there.
+
+    Loading it would say so too, but waits for transformers first.
+    """
+    if given is None:
+        return None
+    place = Path(given)
+    folder = place.parent if place.is_file() else place
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: no {name}. It comes in the folder tokenizer/ of the model")
+    return folder

@@ -15,54 +15,10 @@ from PIL import Image
 
 from star_core import slices, vqvae
 from star_core.__main__ import main
-from star_core.checkpoint import Networks, save_networks
-from star_core.config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
 from star_core.packed import has_bfloat16_products
 from star_core.pictures import Recipe, read_recipe, save_png
-from star_core.vqvae import VQVAE
-from star_core.weights import save_vqvae
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "star_core" / "demo"
-TEXT_WIDTH = 128
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A folder with a tiny random model and the shipped text encoder."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    vqvae_config = VQVAEConfig(8, (1, 2, 2), 1, codebook_size=32, code_width=8, norm_groups=4)
-    config = StarConfig(
-        "tiny",
-        TransformerConfig(1, 64, 1, 3, TEXT_WIDTH, 32, code_width=8, sampler_depth=1),
-        vqvae_config,
-        square_maps((1, 2, 4)),
-        "top-k",
-    )
-    networks = Networks(config.transformer)
-    networks.transformer.initialise(torch.Generator().manual_seed(0))
-    networks.causal_sampler.initialise(torch.Generator().manual_seed(1))
-    save_networks(folder / "star.safetensors", config, networks)
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
-        save_vqvae(folder / "vqvae.safetensors", VQVAE(vqvae_config))
-    for name in ("text_encoder", "tokenizer"):
-        shutil.copytree(DEMO / name, folder / name)
-    return folder
-
-
-@pytest.fixture
-def sample(checkpoint, capsys):
-    """Run `sample` on the tiny checkpoint; return (exit code, output, error)."""
-
-    def run(*arguments):
-        code = main(
-            ["sample", *map(str, arguments), "--checkpoint", str(checkpoint), "--device", "cpu", "--quiet"]
-        )
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def pixels(path):
@@ -145,7 +101,7 @@ def test_a_limit_of_gpu_memory_wants_a_gpu(sample, tmp_path):
     assert "gpu_memory is for a GPU" in error
 
 
-@pytest.mark.parametrize("amount", ["nan", "inf", "0", "-3"])
+@pytest.mark.parametrize("amount", ["nan", "inf", "0", "-3", "abc", "1e305"])
 def test_an_amount_of_memory_that_is_none_is_refused(amount, tmp_path):
     command = [sys.executable, "-m", "star_core", "sample", "cat", "--gpu-memory", amount]
     done = subprocess.run(
@@ -199,6 +155,41 @@ def test_prompts_come_from_a_file_too(sample, tmp_path):
     assert [Path(line).name for line in out.splitlines()] == ["sun-s0-0.png", "moon-s0-0.png"]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt_or_a_schedule(sample, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeffsun\r\n", encoding="utf-8", newline="")
+    (tmp_path / "schedule.txt").write_text("\ufefftop_k 5", encoding="utf-8")
+    files = ["--prompts-file", tmp_path / "prompts.txt", "--schedule", tmp_path / "schedule.txt"]
+    assert sample(*files, "--out", tmp_path / "marked.png")[0] == 0
+    assert sample("sun", "--schedule", "top_k 5", "--out", tmp_path / "plain.png")[0] == 0
+    assert read_recipe(tmp_path / "marked.png") == read_recipe(tmp_path / "plain.png")
+
+
+def test_a_line_of_prompts_ends_at_a_line_feed_alone(sample, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red\u2028sun\nblue\x0cmoon\n", encoding="utf-8")
+    assert sample("--prompts-file", tmp_path / "prompts.txt", "--folder", tmp_path)[0] == 0
+    prompts = {read_recipe(path).prompt for path in tmp_path.glob("*.png")}
+    assert prompts == {"red\u2028sun", "blue\x0cmoon"}
+
+
+@pytest.mark.parametrize("option", ["--prompts-file", "--schedule"])
+@pytest.mark.parametrize("content", [b"caf\xe9", "sun".encode("utf-16")])
+def test_a_file_that_is_no_utf_8_is_named(sample, tmp_path, option, content):
+    (tmp_path / "odd.txt").write_bytes(content)
+    code, _, error = sample("sun", option, tmp_path / "odd.txt", "--folder", tmp_path)
+    assert code == 2
+    assert error.startswith(f"star_core: {tmp_path / 'odd.txt'}: cannot be read as UTF-8 text")
+    assert error.count("\n") == 1
+
+
+def test_a_folder_in_a_picture_s_place_is_refused_before_drawing(sample, tmp_path):
+    (tmp_path / "a-scales.png").mkdir()
+    for arguments in (("--out", tmp_path / "a-scales.png"), ("--out", tmp_path / "a.png", "--strip")):
+        code, _, error = sample("sun", *arguments)
+        assert code == 2
+        assert "a-scales.png: is a folder" in error
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_nothing_that_exists_is_overwritten_in_a_folder(sample, tmp_path):
     for _ in range(2):
         assert sample("sun", "--folder", tmp_path)[0] == 0
@@ -231,7 +222,16 @@ def test_another_aspect_ratio_has_its_own_maps(sample, tmp_path):
         (("sun", "--schedule", "top_k banana"), "'banana' is not a whole number"),
         (("sun", "--schedule", "fastest"), "neither a preset"),
         (("sun", "--schedule", "maps 1 2 3 4; top_k 5"), "the schedule has 4 scales"),
+        (("sun", "--schedule", "é" * 190), "neither a preset"),
         (("sun", "--device", "abacus"), "cannot be used here"),
+        (("sun", "--device", "meta"), "'meta' cannot be used here"),
+        (("sun", "--device", "hpu"), "cannot be used here"),
+        (("caf\udce9",), r"'caf\udce9' is no text"),
+        (("sun", "--negative", "caf\udce9"), r"'caf\udce9' is no text"),
+        (("sun", "--batch", "0"), "--batch must be at least 1, got 0"),
+        (("sun", "--batch", "2", "--gpu-memory", "5"), "leave --batch out"),
+        (("sun", "--out", "a.png", "--folder", "b"), "--out and --folder exclude each other"),
+        (("sun", "--folder", "a" * 300), "File name too long"),
         (("sun", "--preset", "star-256-d16"), "contradicts"),
         (("--recipe", "nothing.png"), "not a picture that can be opened"),
         (("--prompts-file", "nothing.txt"), "cannot be read"),
@@ -250,6 +250,45 @@ def test_a_mistake_is_one_message_with_exit_code_2_and_no_picture(
     assert complaint in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def failing(error):
+    def run(plan):
+        raise error
+
+    return run
+
+
+def test_an_error_of_a_named_file_is_one_line(sample, monkeypatch):
+    refused = PermissionError(13, "Permission denied", "/secret/star.safetensors")
+    monkeypatch.setattr("star_core.sample.run_sample", failing(refused))
+    code, _, error = sample("sun")
+    assert (code, error) == (2, "star_core: /secret/star.safetensors: Permission denied\n")
+    monkeypatch.setattr("star_core.sample.run_sample", failing(OSError("no file's")))
+    with pytest.raises(OSError, match="no file's"):
+        sample("sun")
+
+
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAdvice, a page of it."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: ..."),
+    ],
+)
+def test_too_little_memory_is_one_line_with_the_remedy(sample, monkeypatch, full):
+    monkeypatch.setattr("star_core.sample.run_sample", failing(full))
+    code, _, error = sample("sun")
+    assert code == 2
+    assert error.startswith("star_core: out of memory")
+    assert error.count("\n") == 1
+    assert all(option in error for option in ("--batch", "--low-memory", "--gpu-memory"))
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(sample, monkeypatch):
+    monkeypatch.setattr("star_core.sample.run_sample", failing(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        sample("sun")
 
 
 def test_a_missing_checkpoint_is_named(capsys):
@@ -278,6 +317,12 @@ def test_parity_prints_a_row_per_quantity_and_exits_0(capsys):
     assert "all quantities hold" in out
 
 
+def test_help_says_how_far_a_negative_prompt_reaches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["sample", "--help"])
+    assert "the start token and the causal sampler alone" in " ".join(capsys.readouterr().out.split())
+
+
 def test_help_and_mistakes_do_not_wait_for_torch_or_transformers():
     script = (
         "import sys; from star_core.__main__ import main\n"
@@ -291,3 +336,29 @@ def test_help_and_mistakes_do_not_wait_for_torch_or_transformers():
         )
         loaded = json.loads(done.stdout.splitlines()[-1].removeprefix("MODULES ").replace("'", '"'))
         assert set(loaded) <= set(allowed), arguments
+
+
+def test_mistakes_about_the_model_do_not_wait_for_transformers(checkpoint, tmp_path):
+    save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png", Recipe("a", "", 1, 0, "top-k", (16, 16), "huge"))
+    mistakes = {
+        "cannot draw 63x63": ["sun", "--size", "63x63"],
+        "neither a preset": ["sun", "--schedule", "nosuch"],
+        "2 values for 3 scales": ["sun", "--schedule", "top_k 5 5"],
+        "drawn by huge": ["--recipe", str(tmp_path / "a.png")],
+        "graphs are CUDA's": ["sun", "--graphs"],
+        "no vocab.json": ["sun", "--tokenizer", str(tmp_path)],
+        "no tokenizer found": ["sun", "--text-encoder", str(tmp_path / "lonely.safetensors")],
+    }
+    shutil.copy(checkpoint / "text_encoder" / "model.safetensors", tmp_path / "lonely.safetensors")
+    script = (
+        "import json, sys; from star_core.__main__ import main\n"
+        "for line in json.loads(sys.argv[1]): assert main(line) == 2\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    common = ["--checkpoint", str(checkpoint), "--device", "cpu", "--folder", str(tmp_path / "none")]
+    lines = json.dumps([["sample", *mistake, *common] for mistake in mistakes.values()])
+    done = subprocess.run(
+        [sys.executable, "-c", script, lines], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(complaint in done.stderr for complaint in mistakes), done.stderr
