@@ -302,8 +302,8 @@ PRESETS: Mapping[str, StarConfig] = {
         _released("star-1024-d30-sampler", 30, SCALES_1024, "official-1024", sampler_depth=3),
     )
 }
-"""The released checkpoints, and the official configuration of a 256 px run with a causal sampler (official-star.md
-section 4). Files that say nothing need one of these names."""
+"""The released checkpoints, and the official configuration of a 256 px run with a causal sampler
+(official-star.md section 4). Files that say nothing need one of these names."""
 
 
 def preset(name: str, overrides: Mapping[str, Any] | None = None) -> StarConfig:
