@@ -51,7 +51,7 @@ NAMES = tuple(benchmark.name for benchmark in ON_A_CPU)
 
 
 def run(benchmark: Benchmark, seconds: float) -> dict[str, Any]:
-    """Run one benchmark; return what it reports, or why there is nothing."""
+    """Run one benchmark; return what it reports, or why there is nothing, and the exit code of its own end."""
     if benchmark.name == "against_official" and "STAR_REFERENCE" not in os.environ:
         return {"left_out": "STAR_REFERENCE names no checkout of Davinci-XLab/STAR-T2I"}
     if seconds <= 0:
@@ -70,12 +70,19 @@ def run(benchmark: Benchmark, seconds: float) -> dict[str, Any]:
     if not in_time:
         output, _ = process.communicate()
     if in_time:
-        lines = output.splitlines()
         nothing = {"left_out": f"ended with exit code {process.returncode} and no result"}
-        return {**json.loads(lines[-1]), "exit_code": process.returncode} if lines else nothing
-    whole_lines = output[: output.rfind("\n") + 1].splitlines()
-    nothing = {"left_out": f"not done within {most:.0f} s"}
-    return {**json.loads(whole_lines[-1]), "unfinished": True} if whole_lines else nothing
+        return {**(last_result(output) or nothing), "exit_code": process.returncode}
+    found = last_result(output[: output.rfind("\n") + 1])
+    return {**found, "unfinished": True} if found else {"left_out": f"not done within {most:.0f} s"}
+
+
+def last_result(output: str) -> dict[str, Any]:
+    """Return the last line of an output that is a JSON object, an empty one where none is."""
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            if isinstance(found := json.loads(line), dict):
+                return found
+    return {}
 
 
 def main() -> int:
@@ -96,7 +103,8 @@ def main() -> int:
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(results))
     print(json.dumps(results))
-    return max((result.get("exit_code", 0) for result in results.values()), default=0)
+    # That of a process that was killed is below 0.
+    return max((abs(result.get("exit_code", 0)) for result in results.values()), default=0)
 
 
 if __name__ == "__main__":

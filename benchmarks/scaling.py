@@ -130,8 +130,10 @@ def measure(star: Star, batch: int, runs: int, device: torch.device) -> dict[str
         star.replays = None
     watch, scales = Stopwatch(device), []
     with watched(star, watch), watch.part("rest"):
-        last = time.perf_counter()
-        for step in star.generate(prompts, options=Options(seed=1)):
+        steps = star.generate(prompts, options=Options(seed=1))
+        settle(device)
+        last = time.perf_counter()  # not before: the text is read when a picture is asked for
+        for step in steps:
             settle(device)
             scales.append(time.perf_counter() - last)
             last, f_hat = time.perf_counter(), step.f_hat

@@ -243,9 +243,10 @@ def _convert(args: argparse.Namespace) -> int:
 def _parity(path: Path) -> int:
     from .parity import parity_rows
 
+    rows = parity_rows(path)
     print(f"{'quantity':26} {'from':8} {'difference':>11} {'tolerance':>10}  verdict")
     failed = 0
-    for row in parity_rows(path):
+    for row in rows:
         verdict = "holds" if row.holds else "FALLS SHORT"
         failed += not row.holds
         print(

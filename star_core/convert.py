@@ -7,7 +7,8 @@ bare state dict is read too. They are opened memory-mapped, and every tensor is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Networks, transformer_facts
-from .config import PRESETS, StarConfig, VQVAEConfig, preset, square_maps
+from .config import PRESETS, StarConfig, TokenMap, VQVAEConfig, preset, square_maps
 from .key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
+from .text_encoder import TEXT_KEYS
 from .vqvae import VQVAE
 from .weights import METADATA_KEY, build_on_meta, check_keys, read_pickle, save_tensors, vqvae_record
 
@@ -68,6 +70,7 @@ def convert(
     Transformer (and causal sampler), VQ-VAE and text encoder each become a safetensors file where the
     source holds them. dtype None keeps the stored one. Raises ValueError naming file, key and remedy.
     """
+    _make_folder(out)
     content = read_pickle(source)
     if not isinstance(content, Mapping):
         raise ValueError(f"{source}: holds {type(content).__name__}, not a checkpoint's dictionary")
@@ -86,7 +89,7 @@ def convert(
     if vqvae is not None:
         written.append(_write_vqvae(source, out, _tensors(source, "VQ-VAE", vqvae), dtype))
     if (text := _find(content, TEXT_PATHS)) is not None:
-        written.append(_write_text(source, out, _tensors(source, "text encoder", text), dtype))
+        written += _write_text(source, out, _tensors(source, "text encoder", text), dtype)
     if not written:
         names = ", ".join(str(key) for key in list(content)[:6])
         raise ValueError(
@@ -94,6 +97,16 @@ def convert(
             " trainer.var_wo_ddp or a bare state dict"
         )
     return written
+
+
+def _make_folder(out: Path) -> None:
+    """Make the folder of the results. Raises ValueError where nothing can be written: reading takes minutes."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out} can be no folder for the results: {error.strerror}") from None
 
 
 def _config(
@@ -106,9 +119,9 @@ def _config(
     facts = transformer_facts({n: tuple(t.shape) for n, t in tensors.items()}, str(source))
     stored = _find(content, CONFIG_PATHS)
     sides = stored.get("patch_nums") if isinstance(stored, Mapping) else None
+    maps = None if sides is None else _maps(source, sides)
     fitting = {n: c for n, c in PRESETS.items() if not facts.contradictions(c.transformer)}
-    if sides is not None:
-        maps = square_maps([int(side) for side in sides])
+    if maps is not None:
         fitting = {n: c for n, c in fitting.items() if c.maps == maps}
     if preset_name is None:
         if len(fitting) != 1:
@@ -120,17 +133,24 @@ def _config(
         preset_name = next(iter(fitting))
     config = preset(preset_name, overrides)
     wrong = facts.contradictions(config.transformer)
-    if sides is not None and config.maps != square_maps([int(side) for side in sides]):
-        wrong.append(f"the scales are {list(sides)} in the file")
+    if maps is not None and config.maps != maps:
+        wrong.append(f"the scales are {[side for side, _ in maps]} in the file")
     if wrong:
         raise ValueError(f"{source} is not {preset_name}: {'; '.join(wrong)}")
     return config
 
 
+def _maps(source: Path, sides: Any) -> tuple[TokenMap, ...]:
+    try:
+        return square_maps([int(side) for side in sides])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its scales (patch_nums) are {sides!r:.80}, not sides ({error})") from None
+
+
 def _cast(source: Path, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or tensor.dtype == dtype:
         return tensor.contiguous()
-    low, high = tensor.aminmax()
+    low, high = tensor.aminmax() if tensor.numel() else (0, 0)
     if max(-low, high) > torch.finfo(dtype).max:
         raise ValueError(f"{source}: {name} has values that {dtype} cannot hold. Give --dtype float32 or keep")
     return tensor.to(dtype).contiguous()
@@ -139,14 +159,19 @@ def _cast(source: Path, name: str, tensor: Tensor, dtype: torch.dtype | None) ->
 def _kept(
     source: Path, tensors: Mapping[str, Tensor], table: KeyTable, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    kept = {}
+    kept: dict[str, Tensor] = {}
+    places: set[int] = set()
     for name, tensor in tensors.items():
         if reason := table.reason_dropped(name):
             log.info("%s left out: %s", name, reason)
             continue
         exact = dtype is None or name.endswith("scale_mul_1H11")
         # One tensor at a time leaves the memory-mapped file; together they are half its weights.
-        kept[name] = _cast(source, name, tensor, None if exact else dtype)
+        found = _cast(source, name, tensor, None if exact else dtype)
+        # safetensors refuses two names of one memory.
+        place = found.untyped_storage().data_ptr()
+        kept[name] = found.clone() if place in places else found
+        places.add(place)
     return kept
 
 
@@ -180,12 +205,21 @@ def _write_vqvae(source: Path, out: Path, tensors: Mapping[str, Tensor], dtype: 
     return Written(path, "VQ-VAE", len(kept))
 
 
-def _write_text(source: Path, out: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Written:
-    kept = {
-        name.removeprefix(TEXT_PREFIX): _cast(source, name, tensor, dtype)
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point()
-    }
+def _write_text(
+    source: Path, out: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Iterator[Written]:
+    """Write a CLIP text model, and yield it; leave any other out, with a warning."""
+    bare = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in tensors.items()}
+    wanted = [name for name in bare if not TEXT_KEYS.reason_dropped(name)]
+    strange = [name for name in wanted if TEXT_KEYS.ours(name) is None]
+    if strange or not wanted:
+        log.warning(
+            "%s: its text encoder is left out, it is no CLIP text model (%s). Take Stable Diffusion 2.1's",
+            source,
+            f"{len(strange)} tensors are not known, the first is {strange[0]}" if strange else "it is empty",
+        )
+        return
+    kept = _kept(source, bare, TEXT_KEYS, dtype)
     path = out / "text_encoder.safetensors"
     save_tensors(path, kept, {})
-    return Written(path, "text encoder", len(kept))
+    yield Written(path, "text encoder", len(kept))

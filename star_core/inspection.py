@@ -24,6 +24,8 @@ def describe(path: Path | None) -> list[str]:
         if not files:
             raise ValueError(f"{place}: no safetensors file in it")
         return [line for file in files for line in describe(file)]
+    if not place.is_file():
+        raise ValueError(f"{place}: no such file or folder")
     if place.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         raise ValueError(f"{place}: a pickle; `python -m star_core convert {place.name} --out FOLDER`")
     return _describe_file(TensorFile(place))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from .generate import generate
 from .key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
 from .request import PromptSpan, Request, ScaleStep
 from .rope import Rotation
-from .sampling import PictureSeed, keep_top_k, keep_top_p
+from .sampling import PictureSeed, keep_likely
 from .schedule import ScalePolicy, ScaleSchedule, ramp
 from .text_encoder import TextStates
 from .transformer import Transformer
@@ -61,6 +63,9 @@ INPUTS = (
     "sampler_kept",
     "filter_logits",
 )
+
+FILTERED = re.compile(r"filtered_k(\d+)_p(\d+)")
+COUNTS = re.compile(r"unmask_counts_s([1-9]\d*)_n([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -115,13 +120,11 @@ class GoldenModel:
 
 
 def golden_model(metadata: Mapping[str, str], path: Path) -> GoldenModel:
-    """Build the modules that a golden file's metadata describes."""
-    try:
-        depth, channels = json.loads(metadata["depth"]), json.loads(metadata["ch"])
-        sides, codebook = json.loads(metadata["patch_nums"]), json.loads(metadata["vocab"])
-        text_width = json.loads(metadata["text_dim"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: no golden file, its metadata lacks {error}") from error
+    """Build the modules that a golden file's metadata describes. Raises ValueError naming the wrong field."""
+    depth, channels, codebook, text_width = (
+        _described(metadata, name, path) for name in ("depth", "ch", "vocab", "text_dim")
+    )
+    sides = _described(metadata, "patch_nums", path, several=True)
     transformer_config = TransformerConfig(
         depth=depth,
         width=64 * depth,
@@ -142,6 +145,23 @@ def golden_model(metadata: Mapping[str, str], path: Path) -> GoldenModel:
     return GoldenModel(config, transformer, sampler, vqvae)
 
 
+def _described(metadata: Mapping[str, str], name: str, path: Path, *, several: bool = False) -> Any:
+    """Return a field of a golden file's metadata: a whole number above 0, or `several` of them in a list."""
+    if name not in metadata:
+        raise ValueError(f"{path}: no golden file, its metadata lacks {name!r}")
+    try:
+        value = json.loads(metadata[name])
+    except json.JSONDecodeError:
+        value = None
+    numbers = value if several else [value]
+    if not isinstance(numbers, list) or not numbers or any(type(n) is not int or n < 1 for n in numbers):
+        wanted = "a list of whole numbers above 0" if several else "a whole number above 0"
+        raise ValueError(
+            f"{path}: its metadata says that {name} is {metadata[name]:.80}, which is not {wanted}"
+        )
+    return value
+
+
 class Recomputation:
     """Computes golden quantities by name, from earlier ones that `known` hands over."""
 
@@ -153,10 +173,11 @@ class Recomputation:
 
     def compute(self, name: str) -> Tensor:
         """Return the quantity called `name`, in the golden file's shape."""
-        if name.startswith("filtered_"):
-            return self._filtered(name)
-        if name.startswith("unmask_counts_"):
-            return self._counts(name)
+        if match := FILTERED.fullmatch(name):
+            return self._filtered(*map(int, match.groups()))
+        if match := COUNTS.fullmatch(name):
+            steps, side = map(int, match.groups())
+            return torch.tensor(unmask_counts(steps, side * side))
         recipes: Mapping[str, Callable[[], Tensor]] = {
             "rope_cos": lambda: self.model.transformer.rotations(self.maps).cos,
             "rope_sin": lambda: self.model.transformer.rotations(self.maps).sin,
@@ -222,14 +243,17 @@ class Recomputation:
         model = self.model
         return list(generate(model.transformer, None, model.vqvae.quantizer, request, torch.device("cpu")))
 
-    def _filtered(self, name: str) -> Tensor:
-        k, p = (int(part[1:]) for part in name.split("_")[1:])
-        kept = keep_top_p(keep_top_k(self.known["filter_logits"], k), p / 10)
-        return kept > -torch.inf
+    def _filtered(self, k: int, tenths: int) -> Tensor:
+        return keep_likely(self.known["filter_logits"], top_k=k, top_p=tenths / 10) > -torch.inf
 
-    def _counts(self, name: str) -> Tensor:
-        steps, side = (int(part[1:]) for part in name.split("_")[2:])
-        return torch.tensor(unmask_counts(steps, side * side))
+
+class _Stored(dict[str, Tensor]):
+    """The quantities of the golden file at `path`, to recompute others from."""
+
+    path: Path
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(f"{self.path} lacks {name}, which is needed to recompute what it stores")
 
 
 class _Chained(dict[str, Tensor]):
@@ -243,27 +267,34 @@ class _Chained(dict[str, Tensor]):
 
 
 def compare(name: str, source: str, ours: Tensor, stored: Tensor) -> ParityRow:
-    """Compare a quantity; other shapes count as infinitely far off."""
+    """Compare a quantity; other shapes, and none of any size, count as infinitely far off."""
     tolerance = TOLERANCES.get(name, 0.0)
-    if ours.shape != stored.shape:
+    if ours.shape != stored.shape or not stored.numel():
         return ParityRow(name, source, math.inf, tolerance)
     difference = (ours.double() - stored.double()).abs().max()
     return ParityRow(name, source, float(difference.nan_to_num(math.inf)), tolerance)
 
 
 def parity_rows(path: Path) -> Iterator[ParityRow]:
-    """Yield a row for every stored quantity of a golden file, then the chained ones.
+    """Return a row for every stored quantity of a golden file, then the chained ones, as they are computed.
 
-    Raises ValueError for a file that is not in the golden format or stores what is not known here.
+    Raises ValueError for a file that is not in the golden format, stores what is not known here, or nothing to
+    compare; the rows raise it for a quantity that is stored without what it is recomputed from.
     """
     file = TensorFile(path)
-    stored = {name: file[name] for name in file}
+    stored = _Stored({name: file[name] for name in file})
+    stored.path = path
     names = [name for name in _ORDER if name in stored]
-    names += sorted(n for n in stored if n.startswith(("filtered_", "unmask_counts_")))
+    names += sorted(n for n in stored if FILTERED.fullmatch(n) or COUNTS.fullmatch(n))
     unknown = sorted(set(stored) - set(names) - set(INPUTS))
     if unknown:
         raise ValueError(f"{path} stores {', '.join(unknown)}, which is not in the golden format")
-    model = golden_model(file.metadata, path)
+    if not names:
+        raise ValueError(f"{path} stores nothing to compare: its tensors are {', '.join(stored) or 'none'}")
+    return _rows(golden_model(file.metadata, path), stored, names)
+
+
+def _rows(model: GoldenModel, stored: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[ParityRow]:
     with torch.no_grad():
         from_stored = Recomputation(model, stored)
         for name in names:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import fused
@@ -19,6 +20,9 @@ from .transfer import upload
 MAX_SEED = 2**64 - 1
 FEW = 512
 """Logits looked at before a row is sorted whole: 1 / 8 of the released codebook, at 1 / 4 of a sort's time."""
+ROUNDING = 2e-6
+"""Sums of a row's probabilities from its best and from its least likely tokens on differ by less than this: of
+rows whose border lies nearer to 1 - p the whole sort decides."""
 
 
 @dataclass(frozen=True)
@@ -121,29 +125,49 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """
     if p <= 0:
         return logits
-    ascending, order = logits.sort(dim=-1, stable=True)
-    removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    order = logits.argsort(dim=-1, stable=True)
+    # Not of the sorted row, whose sum is rounded otherwise (1e-6 of it for 4,096 logits, 1e-5 for 16,384): the
+    # short way below has these very numbers.
+    removed = logits.softmax(dim=-1).gather(-1, order).cumsum(dim=-1) <= 1 - p
     removed[..., -1] = False
     return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
 
 
 def _keep_top_p_by_few(logits: Tensor, p: float) -> Tensor:
-    """Do what `keep_top_p` does for rows (N, V), sorting whole rows only where few logits do not suffice.
+    """Return what `keep_top_p` does for rows (N, V), sorting whole rows only where few logits do not suffice.
 
     Most positions reach p within their best tokens. Which row needs more is known on the host: for the CPU.
     """
     best, order = logits.topk(min(FEW, logits.shape[-1]), dim=-1)
-    rest = 1 - (best - logits.logsumexp(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
-    # A token goes where it and all less likely ones come to 1 - p at most: after the ones before it.
-    before = torch.cat([torch.ones_like(rest[:, :1]), rest[:, :-1]], dim=-1)
-    stays = before > 1 - p
+    shares = logits.softmax(dim=-1)
+    better = shares.gather(-1, order).cumsum(dim=-1)
+    # A token goes where it and all less likely ones come to 1 - p at most.
+    left = shares.sum(dim=-1, keepdim=True) - F.pad(better[:, :-1], (1, 0))
+    stays = left > 1 - p
     stays[:, 0] = True
-    kept = torch.full_like(logits, -torch.inf)
-    kept.scatter_(-1, order, best.masked_fill(~stays, -torch.inf))
-    wide = (stays[:, -1] & (order.shape[-1] < logits.shape[-1])).nonzero().squeeze(-1)
-    if len(wide):
-        kept[wide] = keep_top_p(logits[wide], p)
+    count = stays.sum(dim=-1, keepdim=True)
+    border = torch.cat([count - 1, count.clamp(max=best.shape[-1] - 1)], dim=-1)
+    least, next_best = best.gather(-1, border).unbind(dim=-1)
+    if len(split := (least == next_best).nonzero().squeeze(-1)):
+        tied = best[split] == least[split].unsqueeze(-1)
+        stays[split] = _last_of_ties(stays[split], tied, order[split])
+    kept = shares.fill_(-torch.inf).scatter_(-1, order, best.masked_fill(~stays, -torch.inf))
+    close = ((left.gather(-1, border) - (1 - p)).abs() < ROUNDING).any(dim=-1)
+    if len(whole := (close | (least == best[:, -1])).nonzero().squeeze(-1)):
+        kept[whole] = keep_top_p(logits[whole], p)
     return kept
+
+
+def _last_of_ties(stays: Tensor, tied: Tensor, tokens: Tensor) -> Tensor:
+    """Return `stays` (N, K) with as many of the `tied` (N, K) as before, those of the highest tokens (N, K)."""
+    count = (stays & tied).sum(dim=-1, keepdim=True)
+    falling = tokens.masked_fill(~tied, -1).sort(dim=-1, descending=True).values
+    return torch.where(tied, tokens >= falling.gather(-1, count - 1), stays)
+
+
+def keep_likely(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
+    """Return logits (B, n, V) with what `keep_top_k`, then `keep_top_p` leave out at -inf."""
+    return _filtered(keep_top_k(logits, top_k), top_p)
 
 
 @dataclass(frozen=True)
@@ -162,7 +186,7 @@ def draw(logits: Tensor, uniform: Tensor, *, top_k: int, top_p: float, temperatu
     """
     if temperature != 1.0:
         logits = logits / temperature
-    probabilities = _filtered(keep_top_k(logits, top_k), top_p).softmax(dim=-1)
+    probabilities = keep_likely(logits, top_k=top_k, top_p=top_p).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     target = uniform.unsqueeze(-1) * cumulative[..., -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)

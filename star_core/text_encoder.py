@@ -240,19 +240,25 @@ def assemble_text_encoder(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load CLIP's tokenizer from a folder with vocab.json and merges.txt."""
+    """Load CLIP's tokenizer from a folder with vocab.json and merges.txt; ValueError where they make none."""
     import transformers
 
     for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no {name}. It comes in the folder tokenizer/ of the model")
+        # Without any merges there would be a tokenizer, of single letters.
+        if not (folder / name).is_file() or not (folder / name).stat().st_size:
+            raise ValueError(
+                f"{folder}: no {name}, or nothing in it. It comes in the folder tokenizer/ of the model"
+            )
     # In 4.x `CLIPTokenizer` is a slow twin that treats typographic quotes and CJK otherwise, depending on
     # whether ftfy is installed. The fast one is what 5 calls CLIPTokenizer: equal ids in every version.
     kind = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer
     try:
         words = kind.from_pretrained(str(folder), local_files_only=True, clean_up_tokenization_spaces=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: not a CLIP tokenizer ({error!s:.200})") from error
+    except Exception as error:  # tokenizers raises plain ones
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{folder}: its vocab.json and merges.txt make no CLIP tokenizer ({said:.200}). Download both again"
+        ) from error
     return cast("PreTrainedTokenizerBase", words)
 
 
@@ -325,15 +331,35 @@ def _settings(weights: Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]
     if not path.is_file():
         return infer_settings(tensors, source=str(weights))
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}). Download it again") from error
     # A whole CLIP model's configuration holds the text tower's as a part.
     if isinstance(settings, dict) and isinstance(settings.get("text_config"), dict):
         settings = settings["text_config"]
-    if not isinstance(settings, dict) or "hidden_size" not in settings:
+    if not isinstance(settings, dict) or settings.get("hidden_size") is None:
         raise ValueError(f"{path}: no hidden_size in it, so not a CLIP text model's configuration")
+    for complaint in _complaints(_relevant(settings)):
+        raise ValueError(f"{path}: {complaint}, as in no CLIP text model. Download it again")
     return settings
+
+
+def _complaints(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with settings, in the order in which it can be said."""
+    from transformers.activations import ACT2FN
+
+    for name, value in settings.items():
+        if name == "hidden_act":
+            fits = isinstance(value, str) and value in ACT2FN
+        elif name == "layer_norm_eps":
+            fits = isinstance(value, float) and 0 < value < 1
+        else:
+            fits = type(value) is int and value >= (0 if name.endswith("_id") else 1)
+        if not fits:
+            yield f"{name} is {value!r}"
+    width, heads = settings["hidden_size"], settings.get("num_attention_heads", 8)
+    if width % heads:
+        yield f"hidden_size {width} is not split by {heads} heads"
 
 
 def infer_settings(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Any]:
@@ -343,7 +369,7 @@ def infer_settings(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, A
     """
     bare = {name.removeprefix("text_model."): name for name in tensors}
     first = "encoder.layers.0.mlp.fc1.weight"
-    rows = _ROWS if _ROWS in bare else f"{_ROWS}.int8"
+    rows = f"{_ROWS}.int8" if f"{_ROWS}.int8" in bare else _ROWS
     positions = "embeddings.position_embedding.weight"
     for name in (rows, positions, first):
         if name not in bare:
@@ -391,4 +417,4 @@ def _relevant(settings: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_id",
     )
     # attention_dropout and the rest act in training alone; pad_token_id is the tokenizer's to say.
-    return {name: settings[name] for name in names if name in settings}
+    return {name: settings[name] for name in names if settings.get(name) is not None}

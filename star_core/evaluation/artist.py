@@ -29,6 +29,15 @@ class StarArtist:
         self.size = size
         self.name = name or star.config.name
 
+    def check(self, schedule: str, seed: int) -> None:
+        """Raise ValueError for what `draw` would refuse; nothing is drawn."""
+        PictureSeed(seed)
+        maps = self.star.maps((self.size, self.size))
+        try:
+            self.star.schedule(schedule, maps)
+        except ValueError as error:
+            raise ValueError(f"{self.name} cannot draw by {schedule!r}: {error}") from None
+
     def draw(self, captions: Sequence[str], schedule: str, seed: int) -> Pictures:
         """Return one picture (size, size, 3) per caption, drawn by a preset or a schedule text.
 

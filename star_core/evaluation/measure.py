@@ -13,7 +13,7 @@ from .held_out import HeldOut, RealSide
 from .inception import FeatureFunction, Features, Pictures
 from .lpips import LPIPS
 from .reconstruction import perceptual, psnr
-from .report import Reconstruction, Report, Row, Seeds
+from .report import Reconstruction, Report, Row, Seeds, in_words
 from .rprecision import SCORER_SEEDS, wrong_captions
 
 REAL = "real"
@@ -26,6 +26,9 @@ class Artist(Protocol):
     """What is measured. Pictures are uint8 (N, H, W, 3) of the size of the real ones."""
 
     name: str
+
+    def check(self, schedule: str, seed: int) -> None:
+        """Raise ValueError for what `draw` would refuse."""
 
     def draw(self, captions: Sequence[str], schedule: str, seed: int) -> Pictures:
         """Draw one picture per caption."""
@@ -45,6 +48,7 @@ def measure(
 ) -> Report:
     """Return all figures of an artist, or of the real pictures alone where there is none.
 
+    What is measured is logged at once: a later schedule that fails takes no row with it.
     `metric` is the LPIPS that measures reconstructions, LPIPS-VGG in the published figures.
     """
     rows: list[Row] = []
@@ -58,6 +62,7 @@ def measure(
             pictures = artist.reconstruct(held_out.pictures)
             features = features_of(pictures)
             reconstructions.append(_reconstruction(held_out, pictures, features, metric))
+            _log.info("reconstructed: %s", in_words(reconstructions[-1]))
             rows.append(_row(RECONSTRUCTED, held_out, features, held_out.features, real, ceiling=ceiling))
         for schedule, features in _drawn(artist, held_out, schedules, features_of, seed):
             rows.append(_row(schedule, held_out, features, held_out.features, real, ceiling=ceiling))
@@ -100,7 +105,7 @@ def _row(
     at_1, at_5 = _r_precision(features, held_out, real, right=True)
     wrong_at_1, _ = _r_precision(features, held_out, real, right=False)
     best = float(np.mean(ceiling.at_1 if ceiling else at_1))
-    return Row(
+    row = Row(
         split=held_out.split,
         pictures=name,
         count=len(features),
@@ -111,6 +116,8 @@ def _row(
         kid=kid(features, reference),
         share_of_real=float(np.mean(at_1)) / best if best else float("nan"),
     )
+    _log.info("%s", in_words(row))
+    return row
 
 
 def _r_precision(features: Features, held_out: HeldOut, real: RealSide, *, right: bool) -> tuple[Seeds, Seeds]:

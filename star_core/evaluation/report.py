@@ -82,6 +82,15 @@ class Report:
         return "\n\n".join(parts)
 
 
+def in_words(figures: Reconstruction | Row) -> str:
+    """Return what a line of the tables holds, each cell behind the name of its column."""
+    if isinstance(figures, Row):
+        named = zip(_ROW_HEADER, _row_cells(figures), strict=True)
+    else:
+        named = zip(_RECONSTRUCTION_HEADER, _reconstruction_cells(figures), strict=True)
+    return ", ".join(f"{name} {cell}" for name, cell in named)
+
+
 def _reconstruction_cells(figures: Reconstruction) -> tuple[str, ...]:
     """Return the cells of one line of the tokenizer's table."""
     return (

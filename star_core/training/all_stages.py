@@ -28,7 +28,7 @@ from ..presets import read_schedule
 from ..star import SHIPPED, STAR_FILE, VQVAE_FILE
 from .assemble import assemble, text_width
 from .emoji import EmojiSet
-from .options import positive_time, training_seed
+from .options import positive_time, training_seed, usable_device
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +133,9 @@ def check(args: argparse.Namespace) -> None:
     text_width(args.text)
     EmojiSet.load(args.data, args.size)
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).partition(chr(10))[0]}") from None
+        usable_device(args.device)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--device {error}") from None
     for stage, options in plan(args):
         if getattr(_parsed(stage, options)[1], "compile", False):
             _check_compiler(args.device)

@@ -36,7 +36,7 @@ from .options import (
     add_corruption_argument,
     add_run_arguments,
     add_workers_argument,
-    at_least_one,
+    at_least,
 )
 from .recorded import RecordedStep, recorder_for
 from .run import Average, TrainingRun, compile_blocks, precision, use_threads
@@ -63,19 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
     parser.add_argument(
         "--variants",
-        type=int,
+        type=at_least(1, "renderings"),
         default=1,
         help="renderings of each picture: as it is, then mirrored; more are not for this stage",
     )
     add_corruption_argument(parser)
     parser.add_argument(
         "--masks",
-        type=at_least_one("masks"),
+        type=at_least(1, "masks"),
         default=2,
         help="how often a step shows each picture, under another mask: the transformer's features are most of"
         " its work, and are the same",
     )
-    parser.add_argument("--sampler-depth", type=at_least_one("blocks"), default=2)
+    parser.add_argument("--sampler-depth", type=at_least(1, "blocks"), default=2)
     parser.add_argument(
         "--schedule", help="the checkpoint's own schedule, by name or text (default: the transformer's)"
     )

@@ -20,12 +20,12 @@ def _number(text: str, kind: Callable[[str], Number]) -> Number:
         raise argparse.ArgumentTypeError(f"{text} is no number") from None
 
 
-def at_least_one(what: str) -> Callable[[str], int]:
-    """Return an option's type: a number of something, 1 or more. Any other is an argparse.ArgumentTypeError."""
+def at_least(least: int, what: str) -> Callable[[str], int]:
+    """Return an option's type: how many of something. Fewer than `least` are an argparse.ArgumentTypeError."""
 
     def read(text: str) -> int:
-        if (number := _number(text, int)) < 1:
-            raise argparse.ArgumentTypeError(f"{number} is no number of {what}: give 1 or more")
+        if (number := _number(text, int)) < least:
+            raise argparse.ArgumentTypeError(f"{number} is no number of {what}: give {least} or more")
         return number
 
     return read
@@ -47,11 +47,22 @@ def share(text: str) -> float:
     return found
 
 
-def number_of_scales(text: str) -> int:
-    """Return an option's number of scales. Raises argparse.ArgumentTypeError for one below 0."""
-    if (number := _number(text, int)) < 0:
-        raise argparse.ArgumentTypeError(f"{number} is no number of scales: give 0 or more")
-    return number
+def learning_rate(text: str) -> float:
+    """Return an option's rate. Raises argparse.ArgumentTypeError for one that nothing is learnt at."""
+    found = _number(text, float)
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no learning rate: give a finite number above 0")
+    return found
+
+
+def usable_device(text: str) -> str:
+    """Return an option's device. Raises argparse.ArgumentTypeError for one that does not compute here."""
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        said = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({said:.120})") from None
+    return text
 
 
 def training_seed(text: str) -> int:
@@ -65,7 +76,10 @@ def training_seed(text: str) -> int:
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
     """Add how many processes make captions."""
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes that make captions ahead, for a fast GPU"
+        "--workers",
+        type=at_least(0, "processes"),
+        default=0,
+        help="processes that make captions ahead, for a fast GPU",
     )
 
 
@@ -83,15 +97,21 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int
     """Add the options that every stage has."""
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and export")
     parser.add_argument(
-        "--steps", type=at_least_one("steps"), default=steps, help="total steps, resumed ones too"
+        "--steps", type=at_least(1, "steps"), default=steps, help="total steps, resumed ones too"
     )
-    parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--rate", type=float, default=rate, help="peak learning rate")
+    parser.add_argument("--batch", type=at_least(1, "examples"), default=batch, help="examples of a step")
+    parser.add_argument("--rate", type=learning_rate, default=rate, help="peak learning rate")
     parser.add_argument("--seed", type=training_seed, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    parser.add_argument("--log-every", type=int, default=20, help="steps between lines of progress")
+    parser.add_argument(
+        "--threads", type=at_least(0, "threads"), default=0, help="CPU threads (0: torch's choice)"
+    )
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--save-every", type=at_least(1, "steps"), default=200, help="steps between checkpoints"
+    )
+    parser.add_argument(
+        "--log-every", type=at_least(1, "steps"), default=20, help="steps between lines of progress"
+    )
     parser.add_argument(
         "--time-limit",
         type=positive_time,

@@ -144,8 +144,8 @@ def shuffled_batches(count: int, batch: int, seed: int, first_step: int) -> Iter
 
     Epoch e's order depends on (seed, e) alone, so that a resumed run sees what an unbroken one would.
     """
-    if count < batch:
-        raise ValueError(f"{count} pictures do not fill one batch of {batch}: lower --batch")
+    if not 1 <= batch <= count:
+        raise ValueError(f"{count} pictures do not fill one batch of {batch}: choose another --batch")
     per_epoch = count // batch
     step = first_step
     while True:

@@ -38,7 +38,7 @@ from .options import (
     add_corruption_argument,
     add_run_arguments,
     add_workers_argument,
-    number_of_scales,
+    at_least,
 )
 from .recorded import RecordedStep, recorder_for
 from .run import Average, TrainingRun, compile_blocks, generator_of, precision, use_threads
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
     parser.add_argument(
         "--variants",
-        type=int,
+        type=at_least(1, "renderings"),
         default=1,
         help="renderings of each picture: as it is, mirrored, then shifted, turned and resized a little",
     )
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--windowed-scales",
-        type=number_of_scales,
+        type=at_least(0, "scales"),
         default=4,
         help="how many last scales are seen through the window, if there are as many",
     )

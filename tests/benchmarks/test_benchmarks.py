@@ -90,6 +90,21 @@ def test_shares_of_a_picture_add_up_and_the_model_is_left_as_it_was():
     assert scaling.star_core.generate.draw is scaling.star_core.causal_sampler.draw
 
 
+def test_reading_the_text_counts_for_no_scale(monkeypatch: pytest.MonkeyPatch):
+    star, now = load(), [0.0]
+    encode = star.text_encoder.encode
+
+    def slow(*arguments: object) -> object:
+        now[0] += 10
+        return encode(*arguments)
+
+    monkeypatch.setattr(star.text_encoder, "encode", slow)
+    monkeypatch.setattr(scaling.time, "perf_counter", lambda: now[0])
+    found = scaling.measure(star, 1, 1, CPU)
+    assert found["shares"]["text"] == 1
+    assert set(found["seconds_per_scale"]) == {0}
+
+
 def test_the_floor_grows_with_what_there_is_to_do():
     small = scaling.floor_seconds(scaling.config_for(16, 128, sampler=False), 1, 2, 1e12, 1e11)
     large = scaling.floor_seconds(scaling.config_for(16, 256, sampler=False), 1, 2, 1e12, 1e11)
@@ -282,8 +297,34 @@ def test_a_benchmark_that_cannot_run_is_left_out_by_name(monkeypatch: pytest.Mon
     assert everything.run(load_, 60) == {"a": 1, "exit_code": 1}
     (tmp_path / "load.py").write_text("print('{\"a\": 2}', flush=True); import time; time.sleep(60)")
     assert everything.run(load_, 2) == {"a": 2, "unfinished": True}
-    (tmp_path / "scaling.py").write_text("raise SystemExit(3)")
-    assert "exit code 3" in everything.run(scaling_, 60)["left_out"]
+    (tmp_path / "load.py").write_text("print('noise', flush=True); import time; time.sleep(60)")
+    assert everything.run(load_, 2) == {"left_out": "not done within 2 s"}
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("raise SystemExit(3)", 3),
+        ("print('noise'); raise SystemExit(3)", 3),
+        ("import os; os.kill(os.getpid(), 9)", -9),
+    ],
+)
+def test_a_benchmark_that_crashes_without_a_result_is_told_by_the_exit_code(
+    script: str, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(everything, "HERE", tmp_path)
+    monkeypatch.delenv("STAR_REFERENCE", raising=False)
+    (tmp_path / "load.py").write_text(script)
+    (tmp_path / "scaling.py").write_text("print('{\"a\": 1}')")
+    monkeypatch.setattr(sys, "argv", ["everything.py", "--only", "load", "scaling", "against_official"])
+    assert everything.main() == abs(code)
+    results = json.loads(capsys.readouterr().out)
+    assert results["load"]["exit_code"] == code
+    assert f"exit code {code}" in results["load"]["left_out"]
+    assert results["scaling"]["a"] == 1
+    # What is missing by design is no failure.
+    monkeypatch.setattr(sys, "argv", ["everything.py", "--only", "scaling", "against_official"])
+    assert everything.main() == 0
 
 
 def test_a_benchmark_keeps_to_its_own_limit_and_its_processes_end_with_it(

@@ -304,6 +304,12 @@ def test_inspect_says_what_every_file_of_a_folder_is(checkpoint, capsys):
     assert "CLIP text encoder" in out
 
 
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x"])
+def test_inspect_says_that_a_file_is_not_there(name, tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / name)]) == 2
+    assert f"{tmp_path / name}: no such file or folder" in capsys.readouterr().err
+
+
 def test_inspect_sends_a_pickle_to_convert(tmp_path, capsys):
     (tmp_path / "model.pth").write_bytes(b"x")
     assert main(["inspect", str(tmp_path / "model.pth")]) == 2

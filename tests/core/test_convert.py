@@ -142,6 +142,40 @@ def test_the_text_encoders_names_are_those_that_the_text_loader_knows(
     assert all(TEXT_KEYS.ours(name) is not None for name in TensorFile(written.path))
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"a": torch.ones(2), "b": torch.ones(2)},
+        {"text_encoder.logit_scale": torch.ones(())},
+        {"tokenizer": "x"},
+    ],
+)
+def test_a_text_encoder_that_is_none_is_left_out_with_a_warning(
+    foreign: dict[str, Any], vqvae: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    # It was written as "text encoder, 2 tensors" once.
+    path = saved({"trainer": {"vae_local": vqvae, "text_enc": foreign}}, tmp_path)
+    assert [w.what for w in convert(path, tmp_path)] == ["VQ-VAE"]
+    (line,) = caplog.messages
+    assert "official.pth: its text encoder is left out, it is no CLIP text model" in line
+    assert not (tmp_path / "text_encoder.safetensors").exists()
+    with refused(saved({"trainer": {"text_enc": foreign}}, tmp_path), "no STAR transformer and no VQ-VAE"):
+        convert(path, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
+def test_tied_and_empty_tensors_are_written_too(
+    dtype: torch.dtype | None, text_encoder: dict[str, Tensor], tmp_path: Path
+):
+    bias = text_encoder["text_encoder.text_model.final_layer_norm.weight"].half()
+    tied = {f"text_encoder.text_model.final_layer_norm.{leaf}": bias for leaf in ("weight", "bias")}
+    empty = {"text_encoder.text_model.encoder.layers.0.mlp.fc1.bias": torch.zeros(0)}
+    (written,) = convert(saved({"text_enc": text_encoder | tied | empty}, tmp_path), tmp_path, dtype=dtype)
+    file = TensorFile(written.path)
+    assert all(torch.equal(file[name.removeprefix("text_encoder.")], bias.to(dtype)) for name in tied)
+    assert file["text_model.encoder.layers.0.mlp.fc1.bias"].shape == (0,)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
 def test_another_dtype_can_be_asked_for(dtype: torch.dtype | None, vqvae: dict[str, Tensor], tmp_path: Path):
     convert(saved(vqvae, tmp_path), tmp_path, dtype=dtype)
@@ -246,6 +280,27 @@ def test_a_foreign_pickle_is_refused(content: Any, complaint: str, tmp_path: Pat
     path = saved(content, tmp_path)
     with refused(path, complaint):
         convert(path, tmp_path)
+
+
+@pytest.mark.parametrize("sides", [5, ["a"], [None]])
+def test_scales_that_are_no_numbers_are_refused(sides: Any, tmp_path: Path):
+    content = checkpoint(flat("var_d16_256"))
+    content["trainer"]["config"]["patch_nums"] = sides
+    path = saved(content, tmp_path)
+    with refused(path, r"its scales \(patch_nums\) are ", "not sides"):
+        convert(path, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["bom.txt", "bom.txt/x"])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_read(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "bom.txt").touch()
+    path = tmp_path / "broken.pth"
+    path.write_bytes(b"not whole")
+    assert main(["convert", str(path), "--out", str(tmp_path / place)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / place} can be no folder for the results" in line
 
 
 def test_missing_and_surplus_keys_are_refused(transformer: dict[str, Tensor], tmp_path: Path):

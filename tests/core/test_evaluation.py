@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 import torch
 from torch import nn
 
+from star_core.__main__ import main
+from star_core.evaluation import run as evaluation
 from star_core.evaluation.artist import StarArtist
 from star_core.evaluation.distances import fid, kid, kid_floor
 from star_core.evaluation.held_out import Extent, HeldOut, RealSide, load_real_side
@@ -34,7 +37,7 @@ from star_core.evaluation.rprecision import (
 from star_core.evaluation.run import marked
 from star_core.evaluation.sheet import PROMPTS_FILE, draw_sheet, load_prompts, mark, read_answers
 from star_core.sampling import PictureSeed
-from star_core.star import Options, Star
+from star_core.star import Options, Star, load
 from star_core.training.emoji import EmojiSet, Record
 from star_core.training.packages import ASSETS
 from star_core.training.splits import heldout
@@ -350,6 +353,9 @@ class Copyist:
 
     name = "copyist"
 
+    def check(self, schedule: str, seed: int) -> None:
+        """Draw by any."""
+
     def __init__(self, by_caption: dict[str, np.ndarray]) -> None:
         self.by_caption = by_caption
 
@@ -399,6 +405,89 @@ def test_a_report_puts_a_perfect_artist_at_the_ceiling_and_noise_at_chance() -> 
     assert json.loads(report.json_line())["rows"][2]["pictures"] == "perfect"
     assert "\n" not in report.json_line()
     assert "| pairs | noise | 60 |" in report.markdown()
+
+
+def test_a_schedule_that_fails_takes_no_row_of_the_others_with_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, artist = measured_side()
+    whole = artist.draw
+
+    def draw(captions: Sequence[str], schedule: str, seed: int) -> np.ndarray:
+        if schedule == "late":
+            raise RuntimeError("out of memory")
+        return whole(captions, schedule, seed)
+
+    monkeypatch.setattr(artist, "draw", draw)
+    with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="out of memory"):
+        measure(
+            artist,
+            real,
+            schedules=["perfect", "late"],
+            features_of=mean_colours,
+            metric=small_lpips(),
+            seed=1,
+        )
+    rows = [line for line in caplog.messages if line.startswith("split pairs, pictures ")]
+    assert [line.split()[3] for line in rows] == ["real,", "reconstructed,", "perfect,"]
+    assert all(", R@1 of 100 0." in line and ", FID " in line for line in rows)
+    assert any("PSNR dB" in line for line in caplog.messages)
+
+
+@pytest.fixture
+def pictures_of_64(data: Path, tmp_path: Path) -> Path:
+    """A picture set of the shipped model's size."""
+    folder = tmp_path / "emoji"
+    folder.mkdir()
+    small = np.load(data / "pictures-32.npy")
+    np.save(folder / "pictures-64.npy", small.repeat(2, axis=1).repeat(2, axis=2))
+    (folder / "records-64.json").write_bytes((data / "records-32.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--schedules", "top-k", "typo"], "star-emoji-64.* cannot draw by 'typo': .*neither a preset"),
+        (["--schedules", "top-k", "maps 1 2"], "cannot draw by 'maps 1 2'"),
+        (["--seed", "-1"], "a seed lies between 0 and"),
+        (["--data", "nowhere"], "no 64 px pictures in nowhere"),
+        (["--model", "nowhere"], "nowhere: no such file or folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_fetched(
+    options: list[str],
+    said: str,
+    pictures_of_64: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fetched(name: str, folder: Path) -> Path:
+        raise AssertionError(f"{name} was fetched")
+
+    monkeypatch.setattr(evaluation, "asset_path", fetched)
+    assert main(["evaluate", "--data", str(pictures_of_64), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line)
+
+
+def test_a_model_without_a_causal_sampler_is_not_asked_to_draw_by_it() -> None:
+    star = load()
+    star.causal_sampler = None
+    artist = StarArtist(star, 64)
+    artist.check("top-k", 1)
+    with pytest.raises(ValueError, match="cannot draw by 'sampler': the schedule uses the causal sampler"):
+        artist.check("sampler", 1)
+
+
+@pytest.mark.parametrize("device", ["nosuch", "meta"])
+def test_a_device_that_does_not_compute_here_is_refused(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "--device", device])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"argument --device: {device} cannot be used here" in line
 
 
 def test_real_pictures_alone_are_measured_without_an_artist() -> None:
@@ -507,6 +596,37 @@ def test_a_readers_answers_are_marked_in_a_table(tmp_path: Path) -> None:
     assert "| nothing I know | no |" in table
     with pytest.raises(ValueError, match="cannot read"):
         marked(tmp_path / "absent.txt")
+
+
+def test_answers_may_begin_with_a_mark_of_their_bytes_order_and_are_text(tmp_path: Path) -> None:
+    # As Windows' editors save them.
+    file = tmp_path / "answers.txt"
+    file.write_text(f"1: {load_prompts()[0].answers[0]}\n", encoding="utf-8-sig")
+    assert marked(file).endswith("1 of 48 named right")
+    file.write_text("1: a caf\u00e9\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"answers\.txt is no text in UTF-8 \(.*\): save it as that"):
+        marked(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("file/sheet.png", "cannot be written"),
+        ("sheet.text", "names no kind of picture"),
+        ("sheet", "names no kind of picture"),
+        ("folder.png", "is a folder"),
+    ],
+)
+def test_a_sheet_that_cannot_be_written_is_refused_before_it_is_drawn(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert main(["evaluate", "--sheet", str(tmp_path / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--sheet {tmp_path / name} {said}" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png"}
 
 
 def test_the_48_fixed_prompts_accept_what_they_ask_for() -> None:

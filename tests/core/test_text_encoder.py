@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -267,9 +268,44 @@ def unknown_width(folder):
     (folder / "text_encoder" / "config.json").unlink()
 
 
+def words_with(name, content):
+    """Return what gives a model's folder a tokenizer of its own, with other content in one file."""
+
+    def damage(folder):
+        whole = (folder / "tokenizer").resolve()
+        (folder / "tokenizer").unlink()
+        shutil.copytree(whole, folder / "tokenizer")
+        path = folder / "tokenizer" / name
+        path.write_bytes(content(path.read_bytes()))
+
+    return damage
+
+
+def settings_with(**changed):
+    """Return what changes a model's config.json."""
+    return lambda folder: (folder / "text_encoder" / "config.json").write_text(json.dumps(SETTINGS | changed))
+
+
+NO_TOKENIZER = r"vocab\.json and merges\.txt make no CLIP tokenizer \(.+\)\. Download both again"
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
+        (words_with("vocab.json", lambda text: text[: len(text) // 2]), NO_TOKENIZER),
+        (words_with("vocab.json", lambda text: b'["a", "b"]'), NO_TOKENIZER),
+        (words_with("vocab.json", lambda text: b'{"a": {"b": 1}}'), NO_TOKENIZER),
+        (words_with("merges.txt", lambda text: bytes(range(256))), NO_TOKENIZER),
+        (words_with("merges.txt", lambda text: b"<!DOCTYPE html>\n"), NO_TOKENIZER),
+        (words_with("merges.txt", lambda text: b""), "no merges.txt, or nothing in it"),
+        (settings_with(hidden_act="foo"), r"config\.json: hidden_act is 'foo'.*Download it again"),
+        (settings_with(hidden_act=["gelu"]), r"config\.json: hidden_act is \['gelu'\]"),
+        (settings_with(hidden_size="128"), r"config\.json: hidden_size is '128'"),
+        (settings_with(hidden_size=None), "config.json: no hidden_size"),
+        (settings_with(num_attention_heads=7), r"config\.json: hidden_size 64 is not split by 7 heads"),
+        (settings_with(num_hidden_layers=0), r"config\.json: num_hidden_layers is 0"),
+        (settings_with(layer_norm_eps="tiny"), r"config\.json: layer_norm_eps is 'tiny'"),
+        (settings_with(eos_token_id=-1), r"config\.json: eos_token_id is -1"),
         (missing_key, r"missing.*text_model\.encoder\.layers\.1\.mlp\.fc2\.bias"),
         (surplus_key, r"not known.*text_model\.encoder\.layers\.2\.mlp\.fc2\.bias"),
         (wrong_shape, r"text_model\.final_layer_norm\.bias has shape \(65,\).*\(64,\)"),
@@ -297,8 +333,15 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused(folder, tmp_path):
 
 def test_another_models_file_is_refused(tmp_path, tokenizer):
     save_file({"blocks.0.weight": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="not a CLIP text model"):
+    # Nobody's file but the shipped one has rows in 8 bits: they are no remedy.
+    with pytest.raises(ValueError, match=rf"no tensor {ROWS}, so not a CLIP text model"):
         load_text_encoder(tmp_path / "other.safetensors", tokenizer)
+
+
+def test_a_configuration_may_begin_with_a_mark_of_its_bytes_order(folder, encoder):
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert equal(encoder.encode(PROMPTS), load_text_encoder(folder).encode(PROMPTS))
 
 
 def test_importing_the_engine_does_not_wait_for_transformers():

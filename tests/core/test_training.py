@@ -46,9 +46,11 @@ def test_a_resumed_run_sees_the_batches_of_an_unbroken_one():
     assert len(epoch.unique()) == 48
 
 
-def test_too_few_pictures_for_a_batch_are_refused():
-    with pytest.raises(ValueError, match="do not fill one batch of 8"):
-        next(shuffled_batches(5, 8, seed=0, first_step=0))
+@pytest.mark.parametrize("batch", [8, 0, -3])
+def test_pictures_that_fill_no_batch_are_refused(batch):
+    # A negative batch was looked for in endless epochs once.
+    with pytest.raises(ValueError, match=f"do not fill one batch of {batch}: choose another --batch"):
+        next(shuffled_batches(5, batch, seed=0, first_step=0))
 
 
 def test_the_rate_rises_stays_and_falls():

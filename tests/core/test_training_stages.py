@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from star_core.__main__ import main
 from star_core.causal_sampler import CausalSampler
 from star_core.checkpoint import load_networks, load_vqvae
 from star_core.config import square_maps, token_count
@@ -535,11 +536,36 @@ def test_a_run_ends_when_its_time_is_up_saves_and_goes_on(data, tokenizer_run, t
         ("--windowed-scales", "-1", "-1 is no number of scales"),
         ("--windowed-scales", "few", "few is no number"),
         ("--steps", "many", "many is no number"),
+        ("--batch", "0", "0 is no number of examples: give 1 or more"),
+        ("--batch", "-3", "-3 is no number of examples"),
+        ("--save-every", "0", "0 is no number of steps"),
+        ("--log-every", "0", "0 is no number of steps"),
+        ("--rate", "nan", "nan is no learning rate: give a finite number above 0"),
+        ("--rate", "inf", "inf is no learning rate"),
+        ("--rate", "-1", "-1 is no learning rate"),
+        ("--threads", "-1", "-1 is no number of threads: give 0 or more"),
+        ("--workers", "-1", "-1 is no number of processes"),
+        ("--variants", "0", "0 is no number of renderings"),
     ],
 )
-def test_a_run_of_no_length_or_seed_is_refused(option, value, said, capsys):
+def test_a_number_that_no_run_can_have_is_refused(option, value, said, capsys):
     parser = argparse.ArgumentParser()
     transformer.add_arguments(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--run", "x", "--tokenizer-run", "y", "--text", "z", option, value])
     assert said in capsys.readouterr().err
+
+
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+DEVICES = ["nosuch", "cuda:99", "hpu", "meta", pytest.param("cuda", marks=WITHOUT_CUDA)]
+
+
+@pytest.mark.parametrize("stage", ["text", "tokenizer", "decoder", "transformer", "sampler"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_that_does_not_compute_here_is_refused_by_every_stage(stage, device, tmp_path, capsys):
+    # Before anything else is looked at: packages are downloaded, pictures are encoded.
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", stage, "--run", str(tmp_path / "run"), "--device", device])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"argument --device: {device} cannot be used here (" in line
+    assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from star_core import canvas, quantizer, transformer
+from star_core import canvas, quantizer, sampling, transformer
 from star_core.__main__ import main
 from star_core.parity import (
     INPUTS,
@@ -185,6 +186,69 @@ def test_missing_metadata_is_refused_by_name(missing: str, write: Callable[..., 
         list(parity_rows(write(("rope_cos",), metadata)))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("depth", '"three"'),
+        ("depth", "three"),
+        ("depth", "0"),
+        ("ch", "true"),
+        ("vocab", "[512]"),
+        ("text_dim", "6.5"),
+        ("patch_nums", "7"),
+        ("patch_nums", "[]"),
+        ("patch_nums", '[1, "2"]'),
+    ],
+)
+def test_metadata_that_describes_no_model_is_refused_by_name_and_value(
+    name: str, text: str, write: Callable[..., Path]
+):
+    path = write(("rope_cos",), golden_metadata() | {name: text})
+    with pytest.raises(ValueError, match=rf"golden\.safetensors.*{name} is {re.escape(text)}, which is not"):
+        list(parity_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("kept", "missing"),
+    [
+        (("encoder_features",), "image"),
+        (("teacher_inputs",), "tokens"),
+        (("image", "encoder_features", "tokens", "reconstruction"), "f_hat"),
+        (("greedy_tokens", "text_mask", "text_pooled"), "text_hidden"),
+        (("filtered_k50_p8",), "filter_logits"),
+    ],
+)
+def test_a_quantity_without_what_it_is_recomputed_from_is_refused_by_that_name(
+    kept: tuple[str, ...], missing: str, write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    assert main(["parity", str(write(kept))]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"golden.safetensors lacks {missing}," in error
+
+
+@pytest.mark.parametrize("kept", [("image",), INPUTS])
+def test_a_file_with_nothing_to_compare_is_refused(
+    kept: tuple[str, ...], write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    # Without a row no row falls short: it passed once.
+    assert main(["parity", str(write(kept))]) == 2
+    said = capsys.readouterr()
+    assert "stores nothing to compare: its tensors are" in said.err
+    assert not said.out
+
+
+@pytest.mark.parametrize("name", ["filtered_foo", "filtered_k5", "unmask_counts_s0_n4", "unmask_counts_n4_s8"])
+def test_a_filter_or_a_schedule_in_other_words_is_refused_by_name(name: str, write: Callable[..., Path]):
+    path = write(("filter_logits",), **{name: torch.ones(1)})
+    with pytest.raises(ValueError, match=f"golden.*stores {name}, which is not in the golden format"):
+        list(parity_rows(path))
+
+
+def test_a_quantity_of_no_size_does_not_hold(write: Callable[..., Path]):
+    path = write((), filter_logits=torch.ones(1, 0, 512), filtered_k5_p8=torch.ones(1, 0, 512))
+    assert verdicts(path) == {"filtered_k5_p8": False}
+
+
 @pytest.mark.parametrize("length", [0, 7, 2000, -1])
 def test_a_truncated_file_is_refused(length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     whole = GOLDEN.read_bytes()
@@ -236,6 +300,16 @@ TEXT = ("text_hidden", "text_mask", "text_pooled")
 
 def test_the_public_face_draws_the_golden_tokens(star: Star, stored: dict[str, Tensor]):
     assert torch.equal(sample_greedily(star), stored["greedy_tokens"])
+
+
+def test_filters_are_compared_as_the_draw_runs_them(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    # On a CPU a draw does not sort whole rows; a mistake there was none of parity's once.
+    path = write(("filter_logits", "filtered_k50_p0", "filtered_k50_p8"))
+    assert all(verdicts(path).values())
+    monkeypatch.setattr(sampling, "_keep_top_p_by_few", lambda logits, p: logits)
+    assert verdicts(path) == {"filtered_k50_p0": True, "filtered_k50_p8": False}
 
 
 BREAKS: dict[str, tuple[object, str, object]] = {
