@@ -81,7 +81,7 @@ def test_a_stopwatch_counts_every_moment_once(monkeypatch: pytest.MonkeyPatch):
 
 def test_shares_of_a_picture_add_up_and_the_model_is_left_as_it_was():
     star = load()
-    found = scaling.measure(star, 2, 1, CPU)
+    found = scaling.measure(star, 1, 1, CPU)
     assert sum(found["shares"].values()) == pytest.approx(1, abs=0.01)
     assert found["shares"]["transformer"] > found["shares"]["sampling"] > 0
     assert len(found["seconds_per_scale"]) == len(star.config.maps)
@@ -376,7 +376,7 @@ def test_every_fast_mode_is_another_schedule_than_the_exact_one():
 
 
 def test_costs_are_measured_against_the_exact_picture():
-    names = ["unguided, last scale", "unguided, last 3 scales", "int8", "half the sampler's steps", "fast-1024"]
+    names = ["unguided, last scale", "unguided, last 3 scales", "int8", "half the sampler's steps"]
     costs = fast_modes.cost_of_modes(1, 1, CPU, names)
     assert list(costs) == names
     # The sampler's steps do not touch the transformer's logits; every other mode does.
@@ -386,7 +386,7 @@ def test_costs_are_measured_against_the_exact_picture():
         costs["unguided, last scale"]["mean_logit_error"] < costs["unguided, last 3 scales"]["mean_logit_error"]
     )
     assert all(0 <= c["equal_tokens"] < 1 and 5 < c["psnr_db"] < 60 for c in costs.values())
-    assert "fast-1024" in "\n".join(fast_modes.lines({}, costs))
+    assert "half the sampler's steps" in "\n".join(fast_modes.lines({}, costs))
     json.dumps(costs)
 
 

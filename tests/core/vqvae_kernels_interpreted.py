@@ -20,11 +20,11 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels.py runs this fil
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2**-6}
 """Greatest difference, in deviations of what is expected. The interpreter cuts bfloat16 off."""
 SHAPES = {
-    "five channels a group": ((1, 160, 12, 10), 32),
-    "ten": ((2, 320, 6, 4), 32),
-    "twenty": ((1, 640, 7, 5), 32),
+    "five channels a group": ((1, 40, 12, 10), 8),
+    "ten": ((2, 80, 6, 4), 8),
+    "twenty": ((1, 160, 7, 5), 8),
     "more blocks than one": ((1, 160, 20, 16), 32),
-    "two pictures of odd sides": ((2, 160, 9, 7), 32),
+    "two pictures of odd sides": ((2, 40, 9, 7), 8),
     "one position": ((2, 64, 1, 1), 4),
     "few channels": ((2, 8, 13, 8), 4),
     "twelve channels": ((3, 12, 5, 3), 3),
@@ -70,8 +70,12 @@ def expected(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return F.group_norm(x.double(), norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps)
 
 
-@pytest.mark.parametrize("dtype", ERROR)
-@pytest.mark.parametrize("case", SHAPES)
+IN_EVERY_DTYPE = ("five channels a group", "two pictures of odd sides", "few channels")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(c, d) for c in SHAPES for d in ERROR if c in IN_EVERY_DTYPE or d == torch.float32]
+)
 def test_pictures_are_normalised_as_the_reference_does(case: str, dtype: torch.dtype):
     shape, groups = SHAPES[case]
     x, norm = picture(*shape, dtype=dtype), layer(groups, shape[1], dtype)
@@ -188,11 +192,10 @@ def test_wide_heads_attend_as_the_reference_does(
     assert ours.shape == theirs.shape
 
 
-@pytest.mark.parametrize("size", [(4, 6), (5, 3)], ids=str)
 @torch.no_grad()
-def test_whole_pictures_are_the_reference_s(paired: object, served: list[str], size: tuple[int, int]):
+def test_whole_pictures_are_the_reference_s(paired: object, served: list[str]):
     vqvae: VQVAE = paired.vqvae
-    f_hat = normal(6, 2, 8, *size)
+    f_hat = normal(6, 2, 8, 5, 3)
     ours = vqvae.pictures(f_hat)
     features = vqvae.encode(2 * ours - 1)
     assert {"norms.norm_silu", "norms.normalised"} <= set(served)
