@@ -105,7 +105,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="int8",
         help="fast mode: 8-bit weights, half the memory (another picture, which depends on --batch as in"
-        " bfloat16); on a GPU not faster",
+        " bfloat16); faster on CPUs without AMX alone",
     )
     eight_bit.add_argument(
         "--fp8",
