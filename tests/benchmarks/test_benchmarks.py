@@ -376,15 +376,12 @@ def test_every_fast_mode_is_another_schedule_than_the_exact_one():
 
 
 def test_costs_are_measured_against_the_exact_picture():
-    names = ["unguided, last scale", "unguided, last 3 scales", "int8", "half the sampler's steps"]
+    names = ["unguided, last scale", "int8", "half the sampler's steps"]
     costs = fast_modes.cost_of_modes(1, 1, CPU, names)
     assert list(costs) == names
     # The sampler's steps do not touch the transformer's logits; every other mode does.
     assert costs["half the sampler's steps"]["largest_logit_error"] == 0
     assert all(c["mean_logit_error"] > 0 for name, c in costs.items() if name != "half the sampler's steps")
-    assert (
-        costs["unguided, last scale"]["mean_logit_error"] < costs["unguided, last 3 scales"]["mean_logit_error"]
-    )
     assert all(0 <= c["equal_tokens"] < 1 and 5 < c["psnr_db"] < 60 for c in costs.values())
     assert "half the sampler's steps" in "\n".join(fast_modes.lines({}, costs))
     json.dumps(costs)
