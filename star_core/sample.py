@@ -19,6 +19,7 @@ from .config import TokenMap, maps_for_size
 from .memory import decoding_bytes, drawing_bytes
 from .packed import can_be_packed
 from .pictures import Recipe, is_text, read_recipe, save_png, strip, to_images
+from .transfer import why_unusable
 
 if TYPE_CHECKING:
     from .request import ScaleStep
@@ -207,13 +208,9 @@ def pick_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # no number comes back from a device such as meta
-    except (RuntimeError, AssertionError, ImportError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({first:.120})") from error
-    return device
+    if (reason := why_unusable(name)) is not None:
+        raise ValueError(f"device {name!r} cannot be used here ({reason})")
+    return torch.device(name)
 
 
 def load_for(args: argparse.Namespace) -> Star:

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from ..transfer import why_unusable
+
 Number = TypeVar("Number", int, float)
 
 
@@ -57,11 +59,8 @@ def learning_rate(text: str) -> float:
 
 def usable_device(text: str) -> str:
     """Return an option's device. Raises argparse.ArgumentTypeError for one that does not compute here."""
-    try:
-        torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        said = str(error).partition("\n")[0]
-        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({said:.120})") from None
+    if (reason := why_unusable(text)) is not None:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({reason})")
     return text
 
 
