@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import re
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ MARGIN = 0.125
 """Of a side: how far whole pixels are shifted."""
 BACKGROUND = 1.0
 """What a shift brings in: white, on which the training pictures are drawn."""
+FARTHEST_NUDGE = 1
+"""Pixels that a nudged picture is shifted by at most: it stays sharp, and its tokens are others."""
 LONGEST_SHIFT, LONGEST_TURN, LARGEST_GROWTH = 1 / 12, math.radians(8), 0.1
 """How a picture is moved at most: shares of its side, an angle, and a share of its size, up or down."""
 
@@ -64,14 +67,23 @@ def may_be_mirrored(record: Record) -> bool:
     return told_apart is None and record.group not in ("symbols", "flags")
 
 
-class Moved:
-    """Mirrors pictures that may be, half of them or, where they stay in place, all; and shifts, turns and
-    resizes each a little, on white."""
+class Motion(enum.Enum):
+    """What is done to pictures besides mirroring: nothing, a shift by whole pixels, or more than that."""
 
-    def __init__(self, mirrorable: Tensor, generator: torch.Generator, *, in_place: bool = False) -> None:
+    NONE = enum.auto()
+    NUDGE = enum.auto()
+    MOVE = enum.auto()
+
+
+class Moved:
+    """Mirrors pictures that may be, half of them or, where nothing moves, all; and moves each, on white."""
+
+    def __init__(self, mirrorable: Tensor, generator: torch.Generator, motion: Motion = Motion.MOVE) -> None:
         count = len(mirrorable)
-        self.mirrored = mirrorable & ((torch.rand(count, generator=generator) < 0.5) | in_place)
-        within = (2 * torch.rand(4, count, generator=generator) - 1) * (0.0 if in_place else 1.0)
+        self.mirrored = mirrorable & ((torch.rand(count, generator=generator) < 0.5) | (motion is Motion.NONE))
+        within = (2 * torch.rand(4, count, generator=generator) - 1) * float(motion is Motion.MOVE)
+        steps = torch.randint(-FARTHEST_NUDGE, FARTHEST_NUDGE + 1, (count, 2), generator=generator)
+        self.nudges = steps * (motion is Motion.NUDGE)
         self.shifts = within[:2].T * LONGEST_SHIFT
         self.turns = within[2] * LONGEST_TURN
         self.sizes = 1 + within[3] * LARGEST_GROWTH
@@ -83,8 +95,10 @@ class Moved:
         cos, sin = self.turns[these].cos(), self.turns[these].sin()
         rows = [torch.stack([flip * cos, -flip * sin], dim=1), torch.stack([sin, cos], dim=1)]
         linear = torch.stack(rows, dim=1) / self.sizes[these].view(-1, 1, 1)
+        sides = torch.tensor([pictures.shape[3], pictures.shape[2]])
+        shifts = self.shifts[these] + self.nudges[these] / sides
         # Coordinates run from -1 to 1: a side is 2.
-        matrices = torch.cat([linear, 2 * self.shifts[these].unsqueeze(2)], dim=2)
+        matrices = torch.cat([linear, 2 * shifts.unsqueeze(2)], dim=2)
         grid = F.affine_grid(upload(matrices, pictures.device), list(pictures.shape), align_corners=False)
         # Zeros come in from outside: white, where white is 0.
         moved = F.grid_sample(pictures - 1, grid, mode="bicubic", align_corners=False)

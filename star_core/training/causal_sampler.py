@@ -29,7 +29,7 @@ from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Transformer
 from .emoji import EmojiSet
-from .lessons import PLAIN_VARIANTS, Lesson, Lessons, lessons_for, run_folder_file, training_plans
+from .lessons import SETTLED_VARIANTS, Lesson, Lessons, lessons_for, run_folder_file, training_plans
 from .optimizers import descend, muon_and_adamw
 from .options import (
     add_compile_argument,
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants",
         type=at_least(1, "renderings"),
         default=1,
-        help="renderings of each picture: as it is, then mirrored; more are not for this stage",
+        help=f"renderings of each picture, {SETTLED_VARIANTS} at most: as it is, mirrored, shifted by a pixel",
     )
     add_corruption_argument(parser)
     parser.add_argument(
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
     data = EmojiSet.load(args.data, args.size)
     vqvae = load_vqvae(run_folder_file(args.tokenizer_run, "vqvae.safetensors"), device=device)
     text_encoder = load_text_encoder(args.text, device=device)
-    lessons = lessons_for(args, data, vqvae, text_encoder, config.maps, min(args.variants, PLAIN_VARIANTS))
+    lessons = lessons_for(args, data, vqvae, text_encoder, config.maps, min(args.variants, SETTLED_VARIANTS))
     teaching = SamplerLessons(networks.transformer, lessons)
     sampler = CausalSampler(config.transformer)
     sampler.initialise(torch.Generator().manual_seed(args.seed))

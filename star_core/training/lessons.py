@@ -19,7 +19,7 @@ from ..quantizer import MultiScaleQuantizer
 from ..text_encoder import TextEncoder, TextStates
 from ..transfer import upload
 from ..vqvae import VQVAE
-from .augmentation import Moved, may_be_mirrored
+from .augmentation import Motion, Moved, may_be_mirrored
 from .captions import plain_caption, random_caption
 from .emoji import EmojiSet, Record
 from .run import PictureStore, generator_of, shuffled_batches
@@ -31,6 +31,9 @@ CORRUPTION = 2
 """What of a step's random numbers are for."""
 PLAIN_VARIANTS = 2
 """The first renderings, which are not moved: as it is, and mirrored."""
+SETTLED_VARIANTS = 8
+"""The first renderings, all sharp: after the plain ones some that are shifted by whole pixels. All others are
+shifted, turned and resized, which blurs them a little."""
 LENGTH_STEP = 32
 """Batches of captions are cut to multiples of it: compiled and recorded code has one version per length."""
 
@@ -113,7 +116,8 @@ class Planner(Dataset[Plan]):
 class Lessons:
     """Pictures as token maps, with captions and one of `variants` renderings drawn anew at every visit.
 
-    The first rendering is the picture as it is, the second is mirrored, all others are moved as well.
+    The first rendering is the picture as it is, the second is mirrored, the next ones are nudged and all others
+    moved (`motion_of`).
     """
 
     def __init__(
@@ -141,21 +145,21 @@ class Lessons:
         found = [encode_all(pictures, vqvae)]
         for variant in range(1, variants):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + variant)
-            found.append(encode_all(pictures, vqvae, Moved(mirrorable, generator, in_place=variant == 1)))
+            found.append(encode_all(pictures, vqvae, Moved(mirrorable, generator, motion_of(variant))))
         self.features = torch.stack(found)
 
     @torch.no_grad()
     def lesson(self, plan: Plan, step: int | None = None, *, settled: bool = False) -> Lesson:
         """Return what a plan is about; with wrong tokens on the way there where a step is given.
 
-        settled: in the renderings that stay in place alone.
+        settled: in the renderings that stay sharp alone.
         """
         chances = None
         if step is not None and self.corruption.most > 0:
             generator = generator_of(self._seed, step, CORRUPTION)
             chances = upload(self.corruption.chances(len(plan.pictures), generator), self.device)
         plan = Plan(*(upload(part, self.device) for part in plan))
-        variants = plan.variants % PLAIN_VARIANTS if settled else plan.variants
+        variants = plan.variants % SETTLED_VARIANTS if settled else plan.variants
         features = self.features[variants, plan.pictures].float()
         shown = None if chances is None else self.corruption.of(chances)
         quantized = self.quantizer.quantize(features, self.maps, shown)
@@ -172,6 +176,13 @@ class Lessons:
         # Without the mask, whose look for padding makes the host wait; CLIP ends a text by its last token.
         states = self.text_encoder.model(input_ids=plan.ids)
         return TextStates(states.last_hidden_state.float(), plan.mask, states.pooler_output.float())
+
+
+def motion_of(variant: int) -> Motion:
+    """Return how the pictures of a rendering are moved."""
+    if variant < PLAIN_VARIANTS:
+        return Motion.NONE
+    return Motion.NUDGE if variant < SETTLED_VARIANTS else Motion.MOVE
 
 
 def lessons_for(

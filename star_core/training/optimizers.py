@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .muon import Muon
 
 LARGEST_GRADIENT = 2.0
+WEIGHT_DECAY = 0.05
+"""Times the rate: the share that a weight loses at a step."""
 
 
 def rate_at(step: int, done: float, peak: float, *, warmup: int = 100, decay: float = 0.4) -> float:
@@ -53,7 +55,7 @@ def recordable(optimizer: Made, device: torch.device) -> Made:
 
 
 def muon_and_adamw(
-    network: nn.Module, args: argparse.Namespace, device: torch.device
+    network: nn.Module, args: argparse.Namespace, device: torch.device, *, decay: float = WEIGHT_DECAY
 ) -> list[torch.optim.Optimizer]:
     """Return Muon over the blocks' matrices and AdamW over everything else."""
     matrices: list[nn.Parameter] = []
@@ -63,8 +65,8 @@ def muon_and_adamw(
         (matrices if inner else others).append(parameter)
     dtype = torch.bfloat16 if args.bfloat16 else None
     return [
-        recordable(Muon(matrices, args.rate, weight_decay=0.05, dtype=dtype), device),
-        adamw(others, args.rate, device, betas=(0.9, 0.95), decay=0.05),
+        recordable(Muon(matrices, args.rate, weight_decay=decay, dtype=dtype), device),
+        adamw(others, args.rate, device, betas=(0.9, 0.95), decay=decay),
     ]
 
 

@@ -49,6 +49,14 @@ def share(text: str) -> float:
     return found
 
 
+def non_negative(text: str) -> float:
+    """Return an option's factor. Raises argparse.ArgumentTypeError below 0, and for what is not finite."""
+    found = _number(text, float)
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: give a finite number from 0 up")
+    return found
+
+
 def learning_rate(text: str) -> float:
     """Return an option's rate. Raises argparse.ArgumentTypeError for one that nothing is learnt at."""
     found = _number(text, float)

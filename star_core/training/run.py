@@ -159,8 +159,13 @@ def shuffled_batches(count: int, batch: int, seed: int, first_step: int) -> Iter
 
 def generator_of(seed: int, step: int, purpose: int) -> torch.Generator:
     """Return the random numbers of a run's step for one purpose of several, whatever was drawn before."""
+    return torch.Generator().manual_seed(seed_of(seed, step, purpose))
+
+
+def seed_of(seed: int, step: int, purpose: int) -> int:
+    """Return the seed of a run's step for one purpose of several."""
     (number,) = np.random.SeedSequence([seed, step, purpose]).generate_state(1)
-    return torch.Generator().manual_seed(int(number))
+    return int(number)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..config import StarConfig, TokenMap, TransformerConfig, square_maps, token
 from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Places, Transformer
+from .dropout import Dropout
 from .emoji import EmojiSet
 from .lessons import (
     Lesson,
@@ -32,13 +33,15 @@ from .lessons import (
     training_plans,
     window_positions,
 )
-from .optimizers import descend, muon_and_adamw
+from .optimizers import WEIGHT_DECAY, descend, muon_and_adamw
 from .options import (
     add_compile_argument,
     add_corruption_argument,
     add_run_arguments,
     add_workers_argument,
     at_least,
+    non_negative,
+    share,
 )
 from .recorded import RecordedStep, recorder_for
 from .run import Average, TrainingRun, compile_blocks, generator_of, precision, use_threads
@@ -50,7 +53,7 @@ WINDOWS = 1
 WHOLE_SHARE = 0.15
 """The last share of the steps trains on whole maps, as the model is used."""
 SETTLED_SHARE = 0.35
-"""The last share of the steps sees pictures where they are, not moved."""
+"""The last share of the steps sees sharp pictures alone, shifted by whole pixels at most."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,9 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants",
         type=at_least(1, "renderings"),
         default=1,
-        help="renderings of each picture: as it is, mirrored, then shifted, turned and resized a little",
+        help="renderings of each picture: as it is, mirrored, six shifted by a pixel, then turned and resized",
     )
     add_corruption_argument(parser)
+    parser.add_argument(
+        "--dropout", type=share, default=0.0, help="share of what each block adds that a step leaves out"
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=non_negative,
+        default=WEIGHT_DECAY,
+        help="times the rate: the share that a weight loses at a step",
+    )
     parser.add_argument("--depth", type=int, default=9)
     parser.add_argument("--width", type=int, default=256, help="heads have 64 each")
     parser.add_argument("--name", default="star-emoji-64")
@@ -177,8 +189,9 @@ def run(args: argparse.Namespace) -> None:
     length = token_count(config.maps)
     log.info("%d renderings of %d pictures, %d tokens each", *lessons.features.shape[:2], length)
     transformer = first_transformer(args, config.transformer).to(device)
+    dropout = Dropout(transformer.blocks, args.dropout, args.seed)
     compile_blocks(args, transformer.blocks)
-    optimizers = muon_and_adamw(transformer, args, device)
+    optimizers = muon_and_adamw(transformer, args, device, decay=args.weight_decay)
     training = TrainingRun(args, transformer, optimizers, keep=0.998)
     training.resume()
     places = transformer.places(config.maps, device)
@@ -206,6 +219,7 @@ def run(args: argparse.Namespace) -> None:
         lesson = lessons.lesson(step.batch, step.number, settled=step.done >= 1 - SETTLED_SHARE)
         window = window_of(args, lessons, step.number, step.done)
         seen = [] if window is None else [window]
+        dropout.begin(step.number)
         (loss,) = learn_step(*lesson.tensors(), *seen)
         if step.told:
             training.tell(f"loss {loss.item():.3f} ({length if window is None else len(window)} tokens)")

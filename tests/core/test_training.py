@@ -11,7 +11,7 @@ import torch
 
 from star_core import load
 from star_core.config import square_maps, token_count
-from star_core.training.augmentation import Moved, may_be_mirrored
+from star_core.training.augmentation import Motion, Moved, may_be_mirrored
 from star_core.training.causal_sampler import EMPTY_SHARE, known_mask
 from star_core.training.emoji import Record
 from star_core.training.lessons import Planner, window_positions
@@ -167,9 +167,26 @@ def test_moved_pictures_are_mirrored_shifted_turned_and_resized_on_white():
 def test_pictures_that_stay_in_place_are_mirrored_and_nothing_else():
     pictures = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mirrorable = torch.arange(8) % 2 == 0
-    drawn = Moved(mirrorable, torch.Generator().manual_seed(0), in_place=True)(pictures, 0)
+    drawn = Moved(mirrorable, torch.Generator().manual_seed(0), Motion.NONE)(pictures, 0)
     torch.testing.assert_close(drawn[0::2], pictures[0::2].flip(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(drawn[1::2], pictures[1::2], atol=1e-5, rtol=0)
+
+
+def test_nudged_pictures_are_shifted_by_a_whole_pixel_at_most_and_stay_sharp():
+    pictures = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    drawn = Moved(torch.zeros(64, dtype=torch.bool), torch.Generator().manual_seed(0), Motion.NUDGE)(
+        pictures, 0
+    )
+    white = torch.nn.functional.pad(pictures, (1, 1, 1, 1), value=1.0)
+    seen = set()
+    for one, framed in zip(drawn, white, strict=True):
+        places = [(y, x) for y in range(3) for x in range(3)]
+        found = [
+            p for p in places if torch.allclose(one, framed[:, p[0] : p[0] + 16, p[1] : p[1] + 16], atol=1e-4)
+        ]
+        assert len(found) == 1, "it is one shift of the picture, on white"
+        seen.update(found)
+    assert len(seen) == 9
 
 
 def test_muon_moves_matrices_together_as_each_alone():

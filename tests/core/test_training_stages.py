@@ -23,8 +23,9 @@ from star_core.star import SHIPPED, Options, load
 from star_core.text_encoder import load_text_encoder
 from star_core.training import causal_sampler, decoder, tokenizer, transformer, versions
 from star_core.training import lessons as lessons_module
+from star_core.training.augmentation import Motion
 from star_core.training.emoji import EmojiSet
-from star_core.training.lessons import Lessons
+from star_core.training.lessons import Lessons, motion_of
 from star_core.training.redrawn import redraw_last_scales
 from star_core.training.run import Checkpoint
 from star_core.training.self_correction import TokenCorruption
@@ -115,6 +116,7 @@ def assert_same_file(one: Path, other: Path) -> None:
 
 def test_a_killed_transformer_run_ends_as_an_unbroken_one(data, tokenizer_run, tmp_path):
     options = [*transformer_options(tokenizer_run), "--variants", "3", "--corruption", "0.3"]
+    options += ["--dropout", "0.2", "--weight-decay", "0.2"]
     whole = train(transformer, tmp_path / "whole", data, *options)
     with pytest.MonkeyPatch.context() as patch:
         killed_after(transformer, 3, patch)
@@ -135,18 +137,20 @@ def test_a_run_of_other_sizes_is_refused(data, tokenizer_run, tmp_path):
         train(tokenizer, tmp_path / "tokens", data, *small, "--sides", "1", "3", "4", steps=2)
 
 
-def test_settled_lessons_keep_pictures_in_place(data, tokenizer_run):
+def test_settled_lessons_keep_pictures_sharp(data, tokenizer_run):
     pictures = EmojiSet.load(data, 32)
     vqvae, text = load_vqvae(tokenizer_run / "vqvae.safetensors"), load_text_encoder(SHIPPED)
-    lessons = Lessons(pictures, vqvae, text, square_maps([1, 2, 4]), torch.device("cpu"), variants=5, seed=3)
-    assert lessons.features.shape[:2] == (5, len(pictures.records))
-    plan = lessons.planner[(0, torch.arange(12))]._replace(variants=torch.arange(12) % 5)
+    lessons = Lessons(pictures, vqvae, text, square_maps([1, 2, 4]), torch.device("cpu"), variants=10, seed=3)
+    assert lessons.features.shape[:2] == (10, len(pictures.records))
+    plan = lessons.planner[(0, torch.arange(12))]._replace(variants=torch.arange(12) % 10)
     moved, settled = lessons.lesson(plan), lessons.lesson(plan, settled=True)
-    plain = [lessons.lesson(plan._replace(variants=torch.full((12,), v))) for v in range(2)]
+    plain = [lessons.lesson(plan._replace(variants=torch.full((12,), v))) for v in range(8)]
     for row in range(12):
-        expected = plain[row % 5 % 2].tokens[row]
+        expected = plain[row % 10 % 8].tokens[row]
         assert torch.equal(settled.tokens[row], expected)
-        assert torch.equal(moved.tokens[row], expected) or row % 5 > 1
+        assert torch.equal(moved.tokens[row], expected) or row % 10 > 7
+    motions = [motion_of(variant) for variant in range(10)]
+    assert motions == [Motion.NONE] * 2 + [Motion.NUDGE] * 6 + [Motion.MOVE] * 2
     # With wrong tokens shown, what is asked for changes, and the inputs with it; a step has its own.
     lessons.corruption = TokenCorruption(vqvae.quantizer, lessons.maps, 0.9)
     wrong = [lessons.lesson(plan, step) for step in (1, 1, 2)]
@@ -533,6 +537,9 @@ def test_a_run_ends_when_its_time_is_up_saves_and_goes_on(data, tokenizer_run, t
         ("--corruption", "1", "1 is no share"),
         ("--corruption", "nan", "nan is no share"),
         ("--corruption", "few", "few is no number"),
+        ("--dropout", "1", "1 is no share"),
+        ("--weight-decay", "-1", "-1 is out of range: give a finite number from 0 up"),
+        ("--weight-decay", "inf", "inf is out of range"),
         ("--windowed-scales", "-1", "-1 is no number of scales"),
         ("--windowed-scales", "few", "few is no number"),
         ("--steps", "many", "many is no number"),
