@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,13 +160,22 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code (0 good, 1 parity failed, 2 user mistake, 130 interrupted)."""
+    """Run one command; return the exit code.
+
+    0 is good, 1 a failed parity, 2 a user's mistake, 130 an interrupt, 141 output that nobody reads any more.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         stage = given[1] if given[:1] == ["train"] and len(given) > 1 else None
         args = build_parser(stage, given[:1] == ["evaluate"]).parse_args(given)
-        return _run(args)
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Its reader has gone, as `head` does: there is nobody left to tell, at the interpreter's end neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ValueError as error:
         print(f"star_core: {error}", file=sys.stderr)
         return EXIT_USER

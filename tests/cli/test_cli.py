@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -368,3 +369,17 @@ def test_mistakes_about_the_model_do_not_wait_for_transformers(checkpoint, tmp_p
     )
     assert done.returncode == 0, done.stderr
     assert all(complaint in done.stderr for complaint in mistakes), done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way there")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_any_more_ends_in_silence(unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "star_core", "inspect"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    try:
+        ended = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, env=environment)
+    finally:
+        os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, b"")
