@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     length = token_count(config.maps)
     log.info("%d renderings of %d pictures, %d tokens each", *lessons.features.shape[:2], length)
     transformer = first_transformer(args, config.transformer).to(device)
-    dropout = Dropout(transformer.blocks, args.dropout, args.seed)
+    dropout = Dropout(transformer.blocks, args.dropout, args.seed, device)
     compile_blocks(args, transformer.blocks)
     optimizers = muon_and_adamw(transformer, args, device, decay=args.weight_decay)
     training = TrainingRun(args, transformer, optimizers, keep=0.998)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from star_core.config import square_maps
 from star_core.rope import axial_rope_of_maps
-from star_core.training.dropout import Dropout
+from star_core.training.dropout import Dropout, hashed, signed
 from star_core.training.optimizers import muon_and_adamw
 from star_core.transformer import SelfBlock, TextBlock
 
@@ -37,9 +37,9 @@ def test_a_share_of_what_a_branch_adds_is_left_out_and_the_rest_scaled_up(block)
         left_out = thinned == 0
         assert left_out.float().mean().item() == pytest.approx(0.25, abs=0.01)
         torch.testing.assert_close(thinned[~left_out], (whole / 0.75)[~left_out])
-    assert not torch.equal(run(block, x), run(block, x))
-    block.eval()
-    assert torch.equal(run(block, x), run(block, x))
+    thinned = run(block, x)
+    assert not torch.equal(run(block.eval(), x), thinned)
+    assert torch.equal(run(block.train(), x), thinned)
 
 
 def test_a_step_leaves_out_the_same_whatever_ran_before(block):
@@ -47,27 +47,72 @@ def test_a_step_leaves_out_the_same_whatever_ran_before(block):
     x = torch.randn(2, 5, 64)
     dropout.begin(7)
     first = run(block, x)
-    torch.rand(5)
     dropout.begin(7)
     assert torch.equal(run(block, x), first)
     dropout.begin(8)
     assert not torch.equal(run(block, x), first)
 
 
-def test_without_a_share_nothing_is_touched(block):
-    torch.manual_seed(5)
+def test_the_process_s_random_numbers_are_left_alone_and_without_a_share_the_block_is(block):
     state = torch.get_rng_state()
     Dropout([block], 0.0, seed=3).begin(1)
-    assert torch.equal(torch.get_rng_state(), state)
     assert all(not layer._forward_hooks for layer in block.modules())
+    Dropout([block], 0.5, seed=3).begin(1)
+    run(block, torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layers_steps_and_neighbours_are_left_out_independently_of_each_other(block):
+    layers = [block.attn.proj, block.cross_attn.proj, block.ffn.contract]
+    for layer in layers:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.ones_(layer.bias)
+    dropout = Dropout([block], 0.5, seed=3)
+    masks = []
+    for step in (0, 1):
+        dropout.begin(step)
+        masks += [layer(torch.ones(256, layer.in_features)) > 0 for layer in layers]
+    kept = torch.stack(masks).flatten(1).float() * 2 - 1
+    expected = kept.shape[1] ** -0.5  # the deviation of a correlation where there is none
+    alike = kept @ kept.T / kept.shape[1] - torch.eye(len(kept))
+    assert alike.abs().max() < 4.5 * expected
+    for away in (1, 2, 64, 128):
+        assert (kept[:, away:] * kept[:, :-away]).mean(dim=1).abs().max() < 4.5 * expected
+
+
+def test_a_compiled_block_leaves_out_what_the_plain_one_does(block):
+    dropout = Dropout([block], 0.25, seed=3)
+    x = torch.randn(2, 5, 64)
+
+    def results() -> list[Tensor]:
+        found = []
+        for step in (4, 5):
+            dropout.begin(step)
+            out = run(block, x)
+            found += [out.detach(), *torch.autograd.grad(out.square().mean(), [block.ffn.contract.weight])]
+        return found
+
+    plain = results()
+    block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    for ours, theirs in zip(results(), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(plain[0], plain[2])
+
+
+def test_hashes_are_those_of_splitmix64():
+    # The first outputs of the published generator from the state 0: its increments, finalized.
+    increments = [signed(number * 0x9E3779B97F4A7C15) for number in (1, 2, 3)]
+    found = [number % 2**64 for number in hashed(torch.tensor(increments)).tolist()]
+    assert found == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
 def test_a_causal_sampler_s_blocks_are_thinned_too():
     torch.manual_seed(0)
     block = SelfBlock(64, 1)
-    Dropout([block], 0.5, seed=3).begin(0)
     x = torch.ones(2, 5, 64)
-    assert not torch.equal(block(x, ROTATION), block(x, ROTATION))
+    whole = block(x, ROTATION)
+    Dropout([block], 0.5, seed=3).begin(0)
+    assert not torch.equal(block(x, ROTATION), whole)
 
 
 def test_weights_lose_the_share_that_was_asked_for():

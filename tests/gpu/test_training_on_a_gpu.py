@@ -99,7 +99,7 @@ def options_of(stage: str, device: str, data: Path, folder: Path) -> list[str]:
     text = ["--tokenizer-run", str(first), "--text", str(SHIPPED), "--bfloat16", "--corruption", "0.3"]
     small = ["--depth", "1", "--width", "64", "--variants", "3", *SIDES]
     if stage == "transformer":
-        return [*text, *small]
+        return [*text, *small, "--dropout", "0.1"]
     star = Trained(transformer, folder / "star", data, device, *text, *small).run
     return [*text, "--transformer-run", str(star), "--sampler-depth", "1"]
 
