@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from star_core.config import square_maps
+from star_core.graphs import Tapes
 from star_core.rope import axial_rope_of_maps
 from star_core.training.dropout import Dropout, hashed, signed
 from star_core.training.optimizers import muon_and_adamw
+from star_core.training.recorded import UNRECORDED, RecordedStep
 from star_core.transformer import SelfBlock, TextBlock
 
 ROTATION = axial_rope_of_maps(square_maps([1, 2]), 64, 10000.0, 64.0)
@@ -97,6 +99,20 @@ def test_a_compiled_block_leaves_out_what_the_plain_one_does(block):
     for ours, theirs in zip(results(), plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert not torch.equal(plain[0], plain[2])
+
+
+def test_a_recorded_step_leaves_out_what_its_number_says():
+    layer = torch.nn.Linear(16, 16)
+    block = torch.nn.ModuleDict({"ffn": torch.nn.ModuleDict({"contract": layer})})
+    dropout = Dropout([block], 0.5, seed=3)
+    recorded = RecordedStep(lambda x: (layer(x),), Tapes(torch.device("cpu")))
+    x, seen = torch.ones(4, 16), set()
+    for step in range(UNRECORDED + 4):
+        dropout.begin(step)
+        (found,) = recorded(x)
+        assert torch.equal(found, layer(x)), f"step {step}"
+        seen.add(tuple((found == 0).flatten().tolist()))
+    assert len(seen) == UNRECORDED + 4
 
 
 def test_hashes_are_those_of_splitmix64():
