@@ -159,6 +159,17 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rope-extent", type=float, help="override the preset's rotary extent")
 
 
+class NobodyReadsError(Exception):
+    """Standard output's reader has gone, as `head` does."""
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise NobodyReadsError from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code.
 
@@ -169,11 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         stage = given[1] if given[:1] == ["train"] and len(given) > 1 else None
         args = build_parser(stage, given[:1] == ["evaluate"]).parse_args(given)
-        code = _run(args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # Its reader has gone, as `head` does: there is nobody left to tell, at the interpreter's end neither.
+        return _run(args)
+    except NobodyReadsError:
+        # At the interpreter's end it would flush once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ValueError as error:
@@ -215,7 +224,7 @@ def _run(args: argparse.Namespace) -> int:
     name = TRAIN_STAGES[args.stage][0] if args.command == "train" else None
     module = f".training.{name}" if name else ".evaluation.run"
     if report := importlib.import_module(module, __package__).run(args):
-        print(report)
+        _say(report)
     return 0
 
 
@@ -223,14 +232,14 @@ def _sample(args: argparse.Namespace) -> int:
     from .sample import plan_sample, run_sample
 
     for path in run_sample(plan_sample(args)):
-        print(path)
+        _say(str(path))
     return 0
 
 
 def _inspect(path: Path | None) -> int:
     from .inspection import describe
 
-    print("\n".join(describe(path)))
+    _say("\n".join(describe(path)))
     return 0
 
 
@@ -246,7 +255,7 @@ def _convert(args: argparse.Namespace) -> int:
     }
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     for written in convert(args.file, args.out, preset_name=args.preset, overrides=overrides, dtype=dtype):
-        print(f"{written.path}: {written.what}, {written.tensors} tensors")
+        _say(f"{written.path}: {written.what}, {written.tensors} tensors")
     return 0
 
 
@@ -254,16 +263,13 @@ def _parity(path: Path) -> int:
     from .parity import parity_rows
 
     rows = parity_rows(path)
-    print(f"{'quantity':26} {'from':8} {'difference':>11} {'tolerance':>10}  verdict")
+    _say(f"{'quantity':26} {'from':8} {'difference':>11} {'tolerance':>10}  verdict")
     failed = 0
     for row in rows:
         verdict = "holds" if row.holds else "FALLS SHORT"
         failed += not row.holds
-        print(
-            f"{row.name:26} {row.source:8} {row.difference:11.3g} {row.tolerance:10.3g}  {verdict}",
-            flush=True,
-        )
-    print(f"{failed} quantities fall short" if failed else "all quantities hold")
+        _say(f"{row.name:26} {row.source:8} {row.difference:11.3g} {row.tolerance:10.3g}  {verdict}")
+    _say(f"{failed} quantities fall short" if failed else "all quantities hold")
     return EXIT_PARITY if failed else 0
 
 

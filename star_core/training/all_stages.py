@@ -185,7 +185,8 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[Stage, list[str]]]:
     ahead = ["--workers", str(min(8, os.cpu_count() or 1))] if gpu else []
     lpips = ["--perceptual", "1", *(["--perceptual-share", "1"] if gpu else [])]
     corruption = ["--corruption", str(CORRUPTION)]
-    # What the shipped model was made with, and for a CPU what its memory and its smaller batches ask for.
+    # What the sixth model that shipped was made with, and for a CPU what its time and memory allow: two plain
+    # renderings and two nudged ones.
     learning = ["--variants", "12", "--rate", "2.5e-3", "--compile"] if gpu else ["--variants", "4"]
     redrawing = ["--rate", "1e-3", "--head-start", "150"] if gpu else []
     tokens = ["--tokenizer-run", runs["tokenizer"]]

@@ -19,7 +19,7 @@ MARGIN = 0.125
 BACKGROUND = 1.0
 """What a shift brings in: white, on which the training pictures are drawn."""
 FARTHEST_NUDGE = 1
-"""Pixels that a nudged picture is shifted by at most: it stays sharp, and its tokens are others."""
+"""Pixels that a nudged picture is shifted by at most: it stays sharp, and has other tokens."""
 LONGEST_SHIFT, LONGEST_TURN, LARGEST_GROWTH = 1 / 12, math.radians(8), 0.1
 """How a picture is moved at most: shares of its side, an angle, and a share of its size, up or down."""
 
@@ -82,8 +82,8 @@ class Moved:
         count = len(mirrorable)
         self.mirrored = mirrorable & ((torch.rand(count, generator=generator) < 0.5) | (motion is Motion.NONE))
         within = (2 * torch.rand(4, count, generator=generator) - 1) * float(motion is Motion.MOVE)
-        steps = torch.randint(-FARTHEST_NUDGE, FARTHEST_NUDGE + 1, (count, 2), generator=generator)
-        self.nudges = steps * (motion is Motion.NUDGE)
+        pixels = torch.randint(-FARTHEST_NUDGE, FARTHEST_NUDGE + 1, (count, 2), generator=generator)
+        self.nudges = pixels * (motion is Motion.NUDGE)
         self.shifts = within[:2].T * LONGEST_SHIFT
         self.turns = within[2] * LONGEST_TURN
         self.sizes = 1 + within[3] * LARGEST_GROWTH

@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants",
         type=at_least(1, "renderings"),
         default=1,
-        help=f"renderings of each picture, {SETTLED_VARIANTS} at most: as it is, mirrored, shifted by a pixel",
+        help=f"renderings of each picture: as it is, mirrored, six shifted by a pixel at most; more than"
+        f" {SETTLED_VARIANTS} count as {SETTLED_VARIANTS}",
     )
     add_corruption_argument(parser)
     parser.add_argument(

@@ -22,13 +22,11 @@ from ..vqvae import VQVAE
 from .augmentation import Motion, Moved, may_be_mirrored
 from .captions import plain_caption, random_caption
 from .emoji import EmojiSet, Record
-from .run import PictureStore, generator_of, shuffled_batches
+from .run import PictureStore, Purpose, generator_of, shuffled_batches
 from .self_correction import TokenCorruption
 
 ENCODE_BATCH = 256
 PROMPT_DROPOUT = 0.1
-CORRUPTION = 2
-"""What of a step's random numbers are for."""
 PLAIN_VARIANTS = 2
 """The first renderings, which are not moved: as it is, and mirrored."""
 SETTLED_VARIANTS = 8
@@ -156,7 +154,7 @@ class Lessons:
         """
         chances = None
         if step is not None and self.corruption.most > 0:
-            generator = generator_of(self._seed, step, CORRUPTION)
+            generator = generator_of(self._seed, step, Purpose.CORRUPTION)
             chances = upload(self.corruption.chances(len(plan.pictures), generator), self.device)
         plan = Plan(*(upload(part, self.device) for part in plan))
         variants = plan.variants % SETTLED_VARIANTS if settled else plan.variants

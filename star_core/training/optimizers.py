@@ -13,7 +13,7 @@ from .muon import Muon
 
 LARGEST_GRADIENT = 2.0
 WEIGHT_DECAY = 0.05
-"""Times the rate: the share that a weight loses at a step."""
+"""The share of itself that a weight loses at a step, times the rate."""
 
 
 def rate_at(step: int, done: float, peak: float, *, warmup: int = 100, decay: float = 0.4) -> float:

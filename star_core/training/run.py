@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import logging
 import os
 import time
@@ -157,12 +158,20 @@ def shuffled_batches(count: int, batch: int, seed: int, first_step: int) -> Iter
             step += 1
 
 
-def generator_of(seed: int, step: int, purpose: int) -> torch.Generator:
+class Purpose(enum.IntEnum):
+    """What a step's random numbers are for: each purpose has its own."""
+
+    WINDOW = 1
+    CORRUPTION = 2
+    DROPOUT = 3
+
+
+def generator_of(seed: int, step: int, purpose: Purpose) -> torch.Generator:
     """Return the random numbers of a run's step for one purpose of several, whatever was drawn before."""
     return torch.Generator().manual_seed(seed_of(seed, step, purpose))
 
 
-def seed_of(seed: int, step: int, purpose: int) -> int:
+def seed_of(seed: int, step: int, purpose: Purpose) -> int:
     """Return the seed of a run's step for one purpose of several."""
     (number,) = np.random.SeedSequence([seed, step, purpose]).generate_state(1)
     return int(number)
@@ -278,5 +287,9 @@ def restore(
     # Runs of the tokenizer and the decoder had a single one once.
     kept = state["optimizers"] if "optimizers" in state else [state["optimizer"]]
     for optimizer, stored in zip(optimizers, kept, strict=True):
+        asked = [group["weight_decay"] for group in optimizer.param_groups]
         optimizer.load_state_dict(stored)
+        # As the rate, it is what the run is asked for now.
+        for group, decay in zip(optimizer.param_groups, asked, strict=True):
+            group["weight_decay"] = decay
         recordable(optimizer, device)

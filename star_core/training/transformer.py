@@ -44,12 +44,10 @@ from .options import (
     share,
 )
 from .recorded import RecordedStep, recorder_for
-from .run import Average, TrainingRun, compile_blocks, generator_of, precision, use_threads
+from .run import Average, Purpose, TrainingRun, compile_blocks, generator_of, precision, use_threads
 
 log = logging.getLogger(__name__)
 
-WINDOWS = 1
-"""What of a step's random numbers are for."""
 WHOLE_SHARE = 0.15
 """The last share of the steps trains on whole maps, as the model is used."""
 SETTLED_SHARE = 0.35
@@ -70,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants",
         type=at_least(1, "renderings"),
         default=1,
-        help="renderings of each picture: as it is, mirrored, six shifted by a pixel, then turned and resized",
+        help="renderings of each picture: as it is, mirrored, six shifted by a pixel at most, then turned and"
+        " resized, too; about half are mirrored",
     )
     add_corruption_argument(parser)
     parser.add_argument(
@@ -80,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weight-decay",
         type=non_negative,
         default=WEIGHT_DECAY,
-        help="times the rate: the share that a weight loses at a step",
+        help="share of itself that a weight loses at a step, times the rate",
     )
     parser.add_argument("--depth", type=int, default=9)
     parser.add_argument("--width", type=int, default=256, help="heads have 64 each")
@@ -171,7 +170,7 @@ def window_of(args: argparse.Namespace, lessons: Lessons, step: int, done: float
     """Return the positions (K,) that a step is about, None where it is about all."""
     if done >= 1 - WHOLE_SHARE:
         return None
-    generator = generator_of(args.seed, step, WINDOWS)
+    generator = generator_of(args.seed, step, Purpose.WINDOW)
     window = window_positions(lessons.maps, args.windowed_scales, args.window, generator)
     return upload(window, lessons.device)
 

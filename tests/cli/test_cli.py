@@ -383,3 +383,11 @@ def test_output_that_nobody_reads_any_more_ends_in_silence(unbuffered):
     finally:
         os.close(write)
     assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell's redirection")
+def test_a_process_without_standard_output_does_its_work():
+    ended = subprocess.run(
+        f'"{sys.executable}" -m star_core inspect >&-', cwd=ROOT, shell=True, stderr=subprocess.PIPE
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")

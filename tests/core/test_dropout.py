@@ -101,6 +101,29 @@ def test_a_compiled_block_leaves_out_what_the_plain_one_does(block):
     assert not torch.equal(plain[0], plain[2])
 
 
+def test_blocks_share_what_is_compiled_of_them():
+    blocks = [TextBlock(64, 1, 16) for _ in range(10)]
+    Dropout(blocks, 0.25, seed=3).begin(1)
+    text, compiled = torch.ones(2, 3, 16), 0
+
+    def counted(graph: torch.fx.GraphModule, inputs: object) -> object:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    for block in blocks:
+        block.compile(backend=counted, fullgraph=True, dynamic=False)
+        block(torch.ones(2, 5, 64), ROTATION, block.text_keys(text, None))
+    assert compiled == 1, "the compiler gives up on a function with more than eight versions"
+
+
+@pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])
+def test_a_share_that_is_none_is_refused(share, block):
+    with pytest.raises(ValueError, match="cannot be left out"):
+        Dropout([block], share, seed=0)
+
+
 def test_a_recorded_step_leaves_out_what_its_number_says():
     layer = torch.nn.Linear(16, 16)
     block = torch.nn.ModuleDict({"ffn": torch.nn.ModuleDict({"contract": layer})})

@@ -24,6 +24,7 @@ from star_core.text_encoder import load_text_encoder
 from star_core.training import causal_sampler, decoder, tokenizer, transformer, versions
 from star_core.training import lessons as lessons_module
 from star_core.training.augmentation import Motion
+from star_core.training.dropout import Dropout
 from star_core.training.emoji import EmojiSet
 from star_core.training.lessons import Lessons, motion_of
 from star_core.training.redrawn import redraw_last_scales
@@ -124,6 +125,37 @@ def test_a_killed_transformer_run_ends_as_an_unbroken_one(data, tokenizer_run, t
             train(transformer, tmp_path / "killed", data, *options)
     killed = train(transformer, tmp_path / "killed", data, *options)
     assert_same_file(killed / "star.safetensors", whole / "star.safetensors")
+
+
+def test_dropout_and_weight_decay_are_a_run_s_own_a_resumed_one_s_too(data, tokenizer_run, tmp_path):
+    options = transformer_options(tokenizer_run)
+    begun: list[int] = []
+
+    def weights(name: str, *more: str, steps: int = 3) -> dict[str, Tensor]:
+        run = train(transformer, tmp_path / name, data, *options, *more, "--rate", "0.05", steps=steps)
+        file = TensorFile(run / "star.safetensors")
+        return {tensor: file[tensor].float() for tensor in file}
+
+    def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+        return max((one[name] - other[name]).abs().max().item() for name in one)
+
+    begin = Dropout.begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dropout, "begin", lambda self, step: (begun.append(step), begin(self, step))[1])
+        plain = weights("plain")
+        assert begun == [0, 1, 2]
+        weights("plain", steps=5)
+        assert begun == [0, 1, 2, 3, 4]
+    assert apart(weights("again"), plain) == 0
+    assert apart(weights("thinned", "--dropout", "0.3"), plain) > 0
+    assert apart(weights("decayed", "--weight-decay", "2"), plain) > 0
+    whole = weights("whole", "--weight-decay", "2", steps=4)
+    weights("changed", steps=2)
+    assert apart(weights("changed", steps=4), weights("kept", steps=4)) == 0
+    weights("turned", steps=2)
+    turned = weights("turned", "--weight-decay", "2", steps=4)
+    assert apart(turned, weights("kept", steps=4)) > 0
+    assert apart(turned, whole) > 0
 
 
 def test_a_run_of_other_sizes_is_refused(data, tokenizer_run, tmp_path):
