@@ -167,7 +167,16 @@ def _say(line: str) -> None:
     try:
         print(line, flush=True)
     except BrokenPipeError:
+        _give_up_output()
         raise NobodyReadsError from None
+    except OSError as error:
+        _give_up_output()
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def _give_up_output() -> None:
+    """What is not written yet would fail once more at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,8 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = build_parser(stage, given[:1] == ["evaluate"]).parse_args(given)
         return _run(args)
     except NobodyReadsError:
-        # At the interpreter's end it would flush once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ValueError as error:
         print(f"star_core: {error}", file=sys.stderr)

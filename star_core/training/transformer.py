@@ -182,12 +182,12 @@ def run(args: argparse.Namespace) -> None:
     vqvae_file = run_folder_file(args.tokenizer_run, "vqvae.safetensors")
     text_encoder = load_text_encoder(args.text, device=device)
     config = make_config(args, text_encoder.width, vqvae_file)
+    transformer = first_transformer(args, config.transformer).to(device)  # before what takes minutes
     data = EmojiSet.load(args.data, args.size)
     vqvae = load_vqvae(vqvae_file, device=device)
     lessons = lessons_for(args, data, vqvae, text_encoder, config.maps, args.variants)
     length = token_count(config.maps)
     log.info("%d renderings of %d pictures, %d tokens each", *lessons.features.shape[:2], length)
-    transformer = first_transformer(args, config.transformer).to(device)
     dropout = Dropout(transformer.blocks, args.dropout, args.seed, device)
     compile_blocks(args, transformer.blocks)
     optimizers = muon_and_adamw(transformer, args, device, decay=args.weight_decay)

@@ -391,3 +391,11 @@ def test_a_process_without_standard_output_does_its_work():
         f'"{sys.executable}" -m star_core inspect >&-', cwd=ROOT, shell=True, stderr=subprocess.PIPE
     )
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_finds_no_room_is_told_in_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "star_core", "inspect"]
+        ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (2, "star_core: standard output: No space left on device\n")
