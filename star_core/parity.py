@@ -11,6 +11,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,16 +295,33 @@ def parity_rows(path: Path) -> Iterator[ParityRow]:
     return _rows(golden_model(file.metadata, path), stored, names)
 
 
-def _rows(model: GoldenModel, stored: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[ParityRow]:
+def _rows(model: GoldenModel, stored: _Stored, names: Sequence[str]) -> Iterator[ParityRow]:
     with torch.no_grad():
         from_stored = Recomputation(model, stored)
         for name in names:
-            yield compare(name, "stored", from_stored.compute(name), stored[name])
+            with _told(stored.path, name):
+                ours = from_stored.compute(name)
+            yield compare(name, "stored", ours, stored[name])
         chained = _Chained({name: stored[name] for name in INPUTS if name in stored})
         chained.recomputation = Recomputation(model, chained)
         for name in names:
             if name in _CHAINED:
-                yield compare(name, "chained", chained[name], stored[name])
+                with _told(stored.path, name):
+                    ours = chained[name]
+                yield compare(name, "chained", ours, stored[name])
+
+
+@contextmanager
+def _told(path: Path, name: str) -> Iterator[None]:
+    """Raise ValueError where PyTorch refuses the shapes, kinds or places that a file holds."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{path}: {name} cannot be recomputed, what it follows from does not fit the metadata:"
+            f" {first:.200}. Write the file again"
+        ) from error
 
 
 _ORDER = tuple(TOLERANCES)

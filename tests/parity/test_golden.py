@@ -226,6 +226,34 @@ def test_a_quantity_without_what_it_is_recomputed_from_is_refused_by_that_name(
     assert f"golden.safetensors lacks {missing}," in error
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "quantity"),
+    [
+        ("image", torch.zeros(2, 1, 64, 64), "encoder_features"),
+        ("encoder_features", torch.zeros(2, 5, 4, 4), "tokens"),
+        ("tokens", torch.zeros(2, 3, dtype=torch.long), "f_hat_mid|teacher_inputs"),
+        ("tokens", torch.full((2, 30), 10**6), "teacher_inputs"),
+        ("teacher_inputs", torch.zeros(2, 3, 32), "teacher_features"),
+        ("kept_positions", torch.tensor([10**6]), "teacher_features"),
+        ("text_hidden", torch.zeros(2, 7), "teacher_features"),
+        ("sampler_kept", torch.tensor([10**6]), "sampler_logits"),
+        ("filter_logits", torch.zeros(512, dtype=torch.long), "filtered_k5_p8"),
+    ],
+)
+def test_inputs_of_odd_shapes_kinds_and_places_are_refused_by_the_quantity_they_break(
+    name: str,
+    wrong: Tensor,
+    quantity: str,
+    stored: dict[str, Tensor],
+    write: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+):
+    assert name in stored
+    assert main(["parity", str(write(**{name: wrong}))]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"golden\.safetensors: ({quantity}|filtered_\w+) cannot be recomputed", error)
+
+
 @pytest.mark.parametrize("kept", [("image",), INPUTS])
 def test_a_file_with_nothing_to_compare_is_refused(
     kept: tuple[str, ...], write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
