@@ -24,11 +24,12 @@ from ..transfer import upload
 from ..vqvae import VQVAE
 from .augmentation import pixel_sources
 from .captions import plain_caption
-from .discriminator import Adversary, adaptive_weight
+from .discriminator import Adversary, FeatureNetwork, adaptive_weight, feature_distance
+from .efficientnet import EfficientNet, load_efficientnet
 from .emoji import EmojiSet
 from .lessons import all_tokens, encode_all, run_folder_file
 from .optimizers import LARGEST_GRADIENT, adamw
-from .options import add_run_arguments
+from .options import add_run_arguments, at_least, non_negative
 from .packages import asset_path
 from .recorded import RecordedStep, recorder_for
 from .run import (
@@ -63,6 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer-run", type=Path, required=True)
     add_perceptual_argument(parser)
     parser.add_argument(
+        "--matching",
+        type=non_negative,
+        default=0.0,
+        help="weight of the distance between EfficientNet-Lite0's features of drawn and real pictures; above 0"
+        " the discriminator sees its features, too",
+    )
+    parser.add_argument(
         "--adversarial",
         type=float,
         default=0.0,
@@ -90,6 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCALES",
         help="how many last scales it redraws: one version of every picture each. A picture drawn whole is not"
         " compared with the real one: the discriminator alone (--adversarial) judges it",
+    )
+    parser.add_argument(
+        "--redrawn-pictures",
+        type=at_least(1, "pictures"),
+        help="how many of the training pictures, taken at random, it redraws for each version (default: all,"
+        " which takes two cores half an hour)",
     )
 
 
@@ -130,6 +144,10 @@ def resume_adversary(args: argparse.Namespace, adversary: Adversary | None, stat
         return
     if stored is None:
         log.info("a discriminator begins now, with a head start of %d steps", adversary.head_start)
+    elif len(adversary.discriminator.state_dict()) != len(stored["discriminator"]):
+        raise ValueError(
+            f"the discriminator of the run in {args.run} sees with other networks (--matching): {again}"
+        )
     else:
         adversary.resume(stored)
 
@@ -145,19 +163,26 @@ class Decoding:
     """The decoder under training: what moves it on a batch, and the discriminator that judges it."""
 
     def __init__(
-        self, args: argparse.Namespace, vqvae: VQVAE, perceptual: LPIPS, comparable: Sequence[bool]
+        self,
+        args: argparse.Namespace,
+        vqvae: VQVAE,
+        perceptual: LPIPS,
+        comparable: Sequence[bool],
+        efficientnet: EfficientNet | None = None,
     ) -> None:
         """comparable: whether each version of a picture is to look like it (see `comparable_versions`)."""
         device = torch.device(args.device)
         self._args = args
         self._vqvae = vqvae
         self._perceptual = perceptual
+        self._efficientnet = efficientnet
         self._told_apart = torch.zeros((), device=device)
         self._weights = [*vqvae.decoder.parameters(), *vqvae.post_quant_conv.parameters()]
         for parameter in self._weights:
             parameter.requires_grad_(True)
         self.optimizer = adamw(self._weights, args.rate, device, betas=(0.9, 0.95), decay=0.01)
-        self.adversary = Adversary(perceptual, args.head_start, device) if args.adversarial else None
+        networks: list[FeatureNetwork] = [perceptual] if efficientnet is None else [perceptual, efficientnet]
+        self.adversary = Adversary(networks, args.head_start, device) if args.adversarial else None
         self.comparable = comparable
         # The same share of every batch, so that all are of one shape, and of each kind at least one.
         compared = math.ceil(args.batch * sum(comparable) / len(comparable))
@@ -169,7 +194,10 @@ class Decoding:
         made = decoded(self._vqvae, seen, args.sides, precision(args))
         with precision(args):
             l1, lpips = distances(made[:few], real[:few], self._perceptual, args.perceptual_share)
-        (pull,) = torch.autograd.grad(l1 + args.perceptual * lpips, made)
+        distance = l1 + args.perceptual * lpips
+        if self._efficientnet is not None:
+            distance = distance + args.matching * feature_distance(self._efficientnet, made[:few], real[:few])
+        (pull,) = torch.autograd.grad(distance, made)
         told_apart = self._told_apart
         if self.adversary is not None:
             push, told_apart = self.adversary.step(made, real, (sources[0], sources[1]), ready=ready)
@@ -198,7 +226,10 @@ def run(args: argparse.Namespace) -> None:
     tokens = all_tokens(encode_all(pictures_of, vqvae), vqvae, maps)
     vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
-    decoding = Decoding(args, vqvae, perceptual, comparable_versions(args))
+    efficientnet = None
+    if args.matching:
+        efficientnet = load_efficientnet(asset_path("efficientnet", args.packages)).to(device)
+    decoding = Decoding(args, vqvae, perceptual, comparable_versions(args), efficientnet)
     adversary = decoding.adversary
     training = TrainingRun(args, vqvae, [decoding.optimizer], keep=0.995)
     own = tokens[upload(train, device)]
@@ -213,7 +244,12 @@ def run(args: argparse.Namespace) -> None:
     def save() -> None:
         export(training.average, vqvae.config, args.run)
         judge = None if adversary is None else adversary.state()
-        training.save({"adversary": judge, "versions": versions, "redrawn": redrawn_scales(args)})
+        drawn = {
+            "versions": versions,
+            "redrawn": redrawn_scales(args),
+            "redrawn_pictures": args.redrawn_pictures,
+        }
+        training.save({"adversary": judge, **drawn})
         real = pictures_of.take(held_out)
         found = held_out_psnr(training.average, vqvae.config, tokens[held_out], real, args.sides)
         log.info("step %d held-out PSNR %.2f dB", training.step, found)

