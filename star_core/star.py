@@ -29,7 +29,7 @@ from .request import KeptTokens, PromptSpan, Request, ScaleStep
 from .sampling import PictureSeed
 from .schedule import ScaleSchedule
 from .streaming import Parts, visiting
-from .text_encoder import TextEncoder, TextStates, load_text_encoder
+from .text_encoder import TextEncoder, TextStates, find_tokenizer, load_text_encoder
 from .transformer import Transformer
 from .vqvae import VQVAE
 
@@ -353,7 +353,7 @@ def load(
             f" eight_bit {eight_bit}): leave it out, or them"
         )
     check_graphs(graphs, device)
-    words = _named_tokenizer(tokenizer)
+    words = find_tokenizer(files.text_encoder, None if tokenizer is None else Path(tokenizer))
     if packed:
         check_packing(dtype, device, eight_bit)
     place = device if gpu_memory is None else torch.device("cpu")
@@ -394,18 +394,3 @@ def _beside(given: Path | str | None, default: Path, what: str, option: str) -> 
     if not place.exists():
         raise ValueError(f"{place}: no {what} there. Put it there or name it with {option}")
     return place
-
-
-def _named_tokenizer(given: Path | str | None) -> Path | None:
-    """Return the tokenizer that is named, if one is. Raises ValueError where its files are not there.
-
-    Loading it would say so too, but waits for transformers first.
-    """
-    if given is None:
-        return None
-    place = Path(given)
-    folder = place.parent if place.is_file() else place
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no {name}. It comes in the folder tokenizer/ of the model")
-    return folder

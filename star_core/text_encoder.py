@@ -204,7 +204,7 @@ def load_text_encoder(
     Raises ValueError naming the file, the key and the remedy.
     """
     weights = _weight_file(source)
-    words = _tokenizer_folder(source, tokenizer)
+    words = find_tokenizer(source, tokenizer)
     tensors = _read(weights)
     settings = _settings(weights, tensors)
     return assemble_text_encoder(tensors, settings, words, source=str(weights), dtype=dtype, device=device)
@@ -243,12 +243,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load CLIP's tokenizer from a folder with vocab.json and merges.txt; ValueError where they make none."""
     import transformers
 
-    for name in ("vocab.json", "merges.txt"):
-        # Without any merges there would be a tokenizer, of single letters.
-        if not (folder / name).is_file() or not (folder / name).stat().st_size:
-            raise ValueError(
-                f"{folder}: no {name}, or nothing in it. It comes in the folder tokenizer/ of the model"
-            )
+    _check_tokenizer(folder)
     # In 4.x `CLIPTokenizer` is a slow twin that treats typographic quotes and CJK otherwise, depending on
     # whether ftfy is installed. The fast one is what 5 calls CLIPTokenizer: equal ids in every version.
     kind = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer
@@ -300,19 +295,35 @@ def _weight_file(source: Path) -> Path:
     )
 
 
-def _tokenizer_folder(source: Path, tokenizer: Path | None) -> Path:
-    """Return the folder of vocab.json and merges.txt: the one given, or one in or beside `source`."""
+def find_tokenizer(source: Path, tokenizer: Path | None) -> Path:
+    """Return the folder of vocab.json and merges.txt: the one given, or one in or beside `source`.
+
+    Raises ValueError where they are not there, without waiting for transformers.
+    """
     if tokenizer is not None:
-        return tokenizer.parent if tokenizer.is_file() else tokenizer
+        place = tokenizer.parent if tokenizer.is_file() else tokenizer
+        _check_tokenizer(place)
+        return place
     folder = source.parent if source.is_file() else source
     places = [folder / "tokenizer", folder, folder.parent / "tokenizer"]
     for place in places:
         if (place / "vocab.json").is_file():
+            _check_tokenizer(place)
             return place
     raise ValueError(
         f"{source}: no tokenizer found (looked for vocab.json in {', '.join(map(str, places))})."
         " Give the folder with vocab.json and merges.txt"
     )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise ValueError where a tokenizer's files are not in its folder."""
+    for name in ("vocab.json", "merges.txt"):
+        # Without any merges there would be a tokenizer, of single letters.
+        if not (folder / name).is_file() or not (folder / name).stat().st_size:
+            raise ValueError(
+                f"{folder}: no {name}, or nothing in it. It comes in the folder tokenizer/ of the model"
+            )
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -31,8 +31,12 @@ from .drawings import (
     render,
     require_renderer,
 )
+from .options import at_least
 from .packages import asset_path
 from .splits import SPLITS, Heldout, heldout
+
+SMALLEST = 8
+"""Pixels of a side that a picture is drawn with at least."""
 
 _log = logging.getLogger(__name__)
 
@@ -93,8 +97,8 @@ def build(folder: Path, size: int, *, packages: Path, workers: int = 2) -> None:
     Packages are downloaded into `packages` where they are missing. The records are written last, so
     an interrupted build is never taken for a finished one.
     """
-    if size < 8:
-        raise ValueError(f"size is {size} pixels; draw at 8 or more, 64 for the shipped model")
+    if size < SMALLEST:
+        raise ValueError(f"size is {size} pixels; draw at {SMALLEST} or more, 64 for the shipped model")
     require_renderer()
     vocabulary = read_vocabulary(asset_path("emojibase", packages))
     _require_known(heldout(), vocabulary)
@@ -124,8 +128,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m star_core train data`."""
     parser.add_argument("--folder", type=Path, default=Path("build/emoji"), help="where they go")
     parser.add_argument("--packages", type=Path, default=Path("build/packages"))
-    parser.add_argument("--size", type=int, default=64, help="pixels per side")
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw")
+    parser.add_argument("--size", type=at_least(SMALLEST, "pixels"), default=64, help="pixels per side")
+    parser.add_argument("--workers", type=at_least(1, "processes"), default=2, help="processes that draw")
 
 
 def run(args: argparse.Namespace) -> None:

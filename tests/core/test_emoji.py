@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from star_core.__main__ import main
 from star_core.training import drawings, emoji, packages
 from star_core.training.captions import (
     all_texts,
@@ -305,6 +306,16 @@ def test_a_built_set_loads_with_its_pictures_and_records_in_order(tmp_path: Path
     assert [r.style for r in built.records] == ["Noto", "Twemoji"]
     assert built.records[1].tags == ("animal",)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["pictures-8.npy", "records-8.json"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--workers", "0", "0 is no number of processes: give 1"), ("--size", "7", "7 is no number of pixels")],
+)
+def test_a_number_that_draws_nothing_is_refused_before_a_download(option, value, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "data", option, value])
+    assert said in capsys.readouterr().err
 
 
 # Packages

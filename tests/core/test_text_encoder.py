@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from star_core import star
 from star_core.text_encoder import load_text_encoder, load_tokenizer, quantize_rows, whole_rows
 from star_core.training.bpe import END, START, token_texts, vocabulary, write_tokenizer
 
@@ -323,6 +325,18 @@ def test_damage_is_refused_with_file_and_remedy(folder, damage, complaint):
         load_text_encoder(folder)
     assert str(folder) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("lost", ["vocab.json", "merges.txt"])
+def test_a_missing_tokenizer_is_told_before_the_model_s_weights_are_read(lost, tmp_path, monkeypatch):
+    for name in ("star.safetensors", "vqvae.safetensors"):
+        shutil.copy(star.SHIPPED / name, tmp_path)
+    for name in ("text_encoder", "tokenizer"):
+        shutil.copytree(star.SHIPPED / name, tmp_path / name)
+    (tmp_path / "tokenizer" / lost).unlink()
+    monkeypatch.setattr(star, "load_networks", lambda *args, **options: pytest.fail("gigabytes were read"))
+    with pytest.raises(ValueError, match=re.escape(lost)):
+        star.load(tmp_path)
 
 
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused(folder, tmp_path):
