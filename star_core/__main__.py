@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from .memory import is_out_of_memory
+
 EXIT_USER = 2
 EXIT_PARITY = 1
 MEMORY_REMEDY = (
@@ -201,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"star_core: {error.filename}: {error.strerror or error}", file=sys.stderr)
         return EXIT_USER
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         first, _, _ = str(error).partition("\n")
         remedy = MEMORY_REMEDY if given[:1] == ["sample"] else ""
@@ -210,12 +212,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("star_core: interrupted", file=sys.stderr)
         return 130
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch found no memory, told by name and words: importing torch for that would take its time."""
-    words = ("out of memory", "DefaultCPUAllocator")
-    return type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
-"""How many bytes drawing and decoding need beside the weights, for a host that makes room. No torch."""
+"""How many bytes drawing and decoding need beside the weights, for a host that makes room, and what torch says
+where there are none. No torch."""
 
 from __future__ import annotations
 
@@ -44,3 +45,9 @@ def decoding_bytes(config: VQVAEConfig, token_map: TokenMap, pictures: int, *, i
         for level, multiplier in enumerate(config.channel_multipliers)
     )
     return DECODER_COPIES * pictures * pixels * widest * itemsize
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch found no memory, told by name and words: importing torch for that would take its time."""
+    words = ("out of memory", "DefaultCPUAllocator")
+    return type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)

@@ -25,6 +25,7 @@ from .causal_sampler import CausalSampler, sampler_logits, unmask_counts
 from .config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
 from .generate import generate
 from .key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
+from .memory import is_out_of_memory
 from .request import PromptSpan, Request, ScaleStep
 from .rope import Rotation
 from .sampling import PictureSeed, keep_likely
@@ -248,13 +249,17 @@ class Recomputation:
         return keep_likely(self.known["filter_logits"], top_k=k, top_p=tenths / 10) > -torch.inf
 
 
+class LackError(ValueError):
+    """A golden file lacks a quantity from which another one that it stores follows."""
+
+
 class _Stored(dict[str, Tensor]):
     """The quantities of the golden file at `path`, to recompute others from."""
 
     path: Path
 
     def __missing__(self, name: str) -> Tensor:
-        raise ValueError(f"{self.path} lacks {name}, which is needed to recompute what it stores")
+        raise LackError(f"{self.path} lacks {name}, which is needed to recompute what it stores")
 
 
 class _Chained(dict[str, Tensor]):
@@ -313,14 +318,17 @@ def _rows(model: GoldenModel, stored: _Stored, names: Sequence[str]) -> Iterator
 
 @contextmanager
 def _told(path: Path, name: str) -> Iterator[None]:
-    """Raise ValueError where PyTorch refuses the shapes, kinds or places that a file holds."""
+    """Raise ValueError where shapes, kinds or places that a file holds cannot be computed with."""
     try:
         yield
-    except (RuntimeError, IndexError) as error:
+    except LackError:
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"{path}: {name} cannot be recomputed, what it follows from does not fit the metadata:"
-            f" {first:.200}. Write the file again"
+            f"{path}: {name} cannot be recomputed from what the file stores ({first:.200})"
         ) from error
 
 

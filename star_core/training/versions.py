@@ -22,6 +22,8 @@ def load_redrawing(args: argparse.Namespace) -> Star | None:
     Raises ValueError where it and the options do not fit each other.
     """
     if args.model is None:
+        if args.redrawn_pictures is not None:
+            raise ValueError("--redrawn-pictures asks for drawn pictures: give the --model that draws them")
         return None
     if wrong := [count for count in args.redrawn if not 0 < count <= len(args.sides)]:
         scales = len(args.sides)

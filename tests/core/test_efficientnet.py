@@ -104,3 +104,13 @@ def test_a_file_of_another_network_is_refused(tmp_path):
     torch.save(state, tmp_path / FILE)
     with pytest.raises(ValueError, match=r"has no tensor '_blocks\.7\._bn1\.bias'"):
         load_efficientnet(tmp_path)
+    for changed in ("_blocks.16._project_conv.weight", "_blocks.2."):
+        state = random_state()
+        if changed.endswith("."):
+            for name in [name for name in state if name.startswith((f"{changed}_project", f"{changed}_bn2"))]:
+                state[name] = state[name][:8]
+        else:
+            state[changed] = torch.zeros(1)
+        torch.save(state, tmp_path / FILE)
+        with pytest.raises(ValueError, match="another EfficientNet than Lite0"):
+            load_efficientnet(tmp_path)

@@ -327,15 +327,17 @@ def test_damage_is_refused_with_file_and_remedy(folder, damage, complaint):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("lost", ["vocab.json", "merges.txt"])
-def test_a_missing_tokenizer_is_told_before_the_model_s_weights_are_read(lost, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "lost", ["tokenizer/vocab.json", "tokenizer/merges.txt", "text_encoder/model.safetensors"]
+)
+def test_a_missing_text_file_is_told_before_the_model_s_weights_are_read(lost, tmp_path, monkeypatch):
     for name in ("star.safetensors", "vqvae.safetensors"):
         shutil.copy(star.SHIPPED / name, tmp_path)
     for name in ("text_encoder", "tokenizer"):
         shutil.copytree(star.SHIPPED / name, tmp_path / name)
-    (tmp_path / "tokenizer" / lost).unlink()
+    (tmp_path / lost).unlink()
     monkeypatch.setattr(star, "load_networks", lambda *args, **options: pytest.fail("gigabytes were read"))
-    with pytest.raises(ValueError, match=re.escape(lost)):
+    with pytest.raises(ValueError, match=re.escape(Path(lost).name)):
         star.load(tmp_path)
 
 

@@ -423,32 +423,75 @@ def test_a_few_pictures_may_be_redrawn(data, tokenizer_run, transformer_run, tmp
         train(decoder, tmp_path, data, *options, steps=2)
 
 
+def test_redrawn_pictures_are_asked_for_by_their_own_captions(tmp_path, monkeypatch):
+    asked: list[tuple[Tensor, list[str]]] = []
+
+    def drawn(star: object, quantizer: object, tokens: Tensor, captions: list[str], **how: object) -> Tensor:
+        asked.append((tokens, captions))
+        return tokens + 100
+
+    monkeypatch.setattr(versions, "redraw_last_scales", drawn)
+    own = torch.arange(20).view(10, 2)
+    args = argparse.Namespace(sides=[1, 1], redrawn=[1, 2], redrawn_pictures=4, schedule="top-k", seed=0)
+    model = argparse.Namespace(quantizer=None)
+    kept, last, whole = versions.token_versions(args, model, model, own, [f"picture {n}" for n in range(10)])
+    assert torch.equal(kept, own)
+    (tokens, captions), _ = asked
+    assert captions == [f"picture {int(first) // 2}" for first, _ in tokens]
+    rows = (tokens[:, 0] // 2).tolist()
+    assert len(set(rows)) == 4
+    assert torch.equal(last, torch.stack([own[n] + 100 if n in rows else own[n] for n in range(10)]))
+    assert torch.equal(whole[rows], own[rows] + 100)
+    assert {tuple(row) for row in whole.tolist()} == {tuple(row) for row in (own[rows] + 100).tolist()}
+    with pytest.raises(ValueError, match="--redrawn-pictures asks for drawn pictures: give the --model"):
+        versions.load_redrawing(argparse.Namespace(model=None, redrawn_pictures=4))
+
+
 def test_a_decoder_may_be_seen_by_a_second_network(data, tokenizer_run, distance, tmp_path, monkeypatch):
     loaded: list[Path] = []
 
-    def second(folder: Path) -> nn.Module:
+    class Second:
+        """Other channels than the first network's, to tell them apart by."""
+
+        channels = (12, 6)
+
+        def to(self, device: torch.device) -> Second:
+            return self
+
+        def features(self, pictures: Tensor) -> Iterator[Tensor]:
+            for channels, side in ((12, 2), (6, 8)):
+                yield nn.functional.avg_pool2d(pictures, side).repeat(1, channels // 3, 1, 1)
+
+    def second(folder: Path) -> Second:
         loaded.append(folder)
-        return distance
+        return Second()
 
     monkeypatch.setattr(decoder, "load_efficientnet", second)
     options = ["--tokenizer-run", str(tokenizer_run), *SIDES]
     judged = ["--adversarial", "0.5", "--head-start", "1"]
     plain = train(decoder, tmp_path / "plain", data, *options)
     assert not loaded
-    both = train(decoder, tmp_path / "both", data, *options, "--matching", "0.5")
-    assert len(loaded) == 1
-    ours, theirs = (TensorFile(run / "vqvae.safetensors") for run in (both, plain))
-    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    runs = [plain]
+    for weight in ("0.5", "5"):
+        runs.append(train(decoder, tmp_path / weight, data, *options, "--matching", weight))
+    assert len(loaded) == 2
+    weights = [TensorFile(run / "vqvae.safetensors")["decoder.conv_out.weight"] for run in runs]
+    assert not any(torch.equal(weights[one], weights[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
     train(decoder, tmp_path / "judged", data, *options, *judged, "--matching", "0.5")
     heads = torch.load(tmp_path / "judged" / "checkpoint.pt", weights_only=True)["adversary"]["discriminator"]
-    assert len({name.split(".")[1] for name in heads}) == 2 * len(distance.channels)
+    seen = [heads[name].shape[1] for name in heads if name.endswith(".0.parametrizations.weight.original")]
+    assert seen == [*distance.channels, 12, 6]
     with pytest.raises(ValueError, match="other networks .--matching"):
         train(decoder, tmp_path / "judged", data, *options, *judged, steps=6)
 
 
-def test_pictures_drawn_whole_are_judged_and_not_compared(data, tokenizer_run, transformer_run, tmp_path):
+@pytest.mark.parametrize("matching", ["0", "0.5"])
+def test_pictures_drawn_whole_are_judged_and_not_compared(
+    matching, data, tokenizer_run, transformer_run, distance, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(decoder, "load_efficientnet", lambda folder: distance)
     options = ["--tokenizer-run", str(tokenizer_run), *SIDES, *redrawing_options(transformer_run)[:-3]]
-    options += ["--redrawn", "3", "--adversarial", "0.5", "--head-start", "0"]
+    options += ["--redrawn", "3", "--adversarial", "0.5", "--head-start", "0", "--matching", matching]
     compared: list[int] = []
     gradients: list[Tensor] = []
     measured, drawn = decoder.distances, decoder.decoded

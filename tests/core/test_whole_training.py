@@ -27,9 +27,11 @@ OPTIONS = {
 def train_all(
     data: Path, distance: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., str]:
-    for stage in (tokenizer, decoder):
+    for stage in (tokenizer, decoder, all_stages):
         monkeypatch.setattr(stage, "asset_path", lambda name, folder: folder)
+    for stage in (tokenizer, decoder):
         monkeypatch.setattr(stage, "load_lpips", lambda path, kind: distance)
+    monkeypatch.setattr(decoder, "load_efficientnet", lambda folder: distance)
     # Two steps each: how well they train is other tests' affair.
     monkeypatch.setattr(all_stages, "FOREVER", 2)
 
@@ -178,6 +180,19 @@ def test_time_is_shared_and_a_gpu_gets_its_batches():
         assert options[options.index("--batch") + 1] == batch
         assert options[options.index("--time-limit") + 1] == "180"
         assert ("--workers" in plan["transformer"]) == workers
+        options = plan["decoder"]
+        assert options[options.index("--matching") + 1] == "0.1"
+        assert ("--redrawn-pictures" in options) == (device == "cpu")
+
+
+def test_a_network_that_cannot_be_had_is_missed_before_anything_is_trained(train_all, ran, monkeypatch):
+    def offline(name: str, folder: Path) -> Path:
+        raise ValueError(f"no network to fetch {name} by")
+
+    monkeypatch.setattr(all_stages, "asset_path", offline)
+    with pytest.raises(ValueError, match="no network to fetch efficientnet by"):
+        train_all()
+    assert ran == []
 
 
 @pytest.fixture
