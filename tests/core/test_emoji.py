@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import io
 import json
+import re
 import tarfile
 import zipfile
 from collections import Counter
@@ -368,7 +369,12 @@ def test_an_asset_on_disk_is_handed_out_only_with_its_pinned_bytes(tmp_path: Pat
     file.touch()
     assert asset_path("a", tmp_path) == file.parent
     file.write_bytes(b"changed")
-    with pytest.raises(ValueError, match="expected e3b0c44"):
+    # The folder to remove is the one whose absence brings the download: what is inside it is not looked for.
+    again = f"remove {tmp_path / 'a-1'} and run again"
+    with pytest.raises(ValueError, match=f"expected e3b0c44.*{re.escape(again)}"):
+        asset_path("a", tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"is missing; {re.escape(again)}"):
         asset_path("a", tmp_path)
     with pytest.raises(ValueError, match="unknown asset 'b'"):
         asset_path("b", tmp_path)
