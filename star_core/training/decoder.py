@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--redrawn-pictures",
         type=at_least(1, "pictures"),
         help="how many of the training pictures, taken at random, it redraws for each version (default: all,"
-        " 18 to 28 minutes a version on two cores); the others keep their own tokens in it or, where it is"
+        " 18 to 25 minutes a version on two cores); the others keep their own tokens in it or, where it is"
         " drawn whole, are left out of it",
     )
 
