@@ -55,8 +55,9 @@ from workbench import (
 
 from star_core.config import StarConfig, token_count
 from star_core.packed import can_be_packed
+from star_core.request import Options
 from star_core.schedule import ScalePolicy, ScaleSchedule, ramp
-from star_core.star import Options, Star, load
+from star_core.star import Star, load
 
 GUIDANCE = 4.0
 TOP_K, TOP_P = 4096, 0.8

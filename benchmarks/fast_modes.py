@@ -50,9 +50,9 @@ from star_core.evaluation.sheet import load_prompts
 from star_core.fp8 import has_products
 from star_core.graphs import Replays
 from star_core.presets import half_the_steps, on_last, read_schedule
-from star_core.request import Request, ScaleStep
+from star_core.request import Options, Request, ScaleStep
 from star_core.schedule import ScaleSchedule
-from star_core.star import Options, Star, load
+from star_core.star import Star, load
 
 HELD_BY_GRAPHS = 6 * GIB
 """At most, of one mode at 1024 px: 2.3 of cache, the rest is scratch memory, most of it int8's."""

@@ -40,7 +40,8 @@ from workbench import (
     write_model,
 )
 
-from star_core.star import Options, load
+from star_core.request import Options
+from star_core.star import load
 
 WAYS = ("bytes", "load", "first token")
 STATES = ("warm", "cold")

@@ -46,7 +46,8 @@ from workbench import (
     table,
 )
 
-from star_core.star import Options, Star
+from star_core.request import Options
+from star_core.star import Star
 from star_core.streaming import Parts, StreamedBlocks
 
 STEP = 500_000_000

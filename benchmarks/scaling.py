@@ -38,7 +38,8 @@ import star_core.causal_sampler
 import star_core.generate
 from star_core.config import StarConfig, square_maps, token_count
 from star_core.graphs import Replays
-from star_core.star import Options, Star
+from star_core.request import Options
+from star_core.star import Star
 
 SIDES = {
     128: (1, 2, 3, 4, 5, 6, 8),

@@ -31,7 +31,8 @@ sys.path.insert(0, str(ROOT))
 from star_core.checkpoint import Networks, save_networks  # noqa: E402
 from star_core.config import PRESETS, StarConfig  # noqa: E402
 from star_core.key_tables import STAR_KEYS, VQVAE_KEYS  # noqa: E402
-from star_core.star import SHIPPED, STAR_FILE, VQVAE_FILE, Star  # noqa: E402
+from star_core.model_files import SHIPPED, STAR_FILE, VQVAE_FILE  # noqa: E402
+from star_core.star import Star  # noqa: E402
 from star_core.text_encoder import TextEncoder, load_tokenizer  # noqa: E402
 from star_core.vqvae import VQVAE  # noqa: E402
 from star_core.weights import build_on_meta, save_vqvae  # noqa: E402

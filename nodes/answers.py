@@ -44,7 +44,7 @@ def model_facts(query: Mapping[str, str]) -> dict[str, Any]:
 def preset_table(query: Mapping[str, str]) -> dict[str, Any]:
     """Return every preset for the token maps in `maps`, split into the two nodes' texts."""
     from ..star_core.presets import SCHEDULES
-    from ..star_core.schedule import parse_schedule
+    from ..star_core.schedule_text import parse_schedule
 
     sides = query.get("maps", "")
     maps = parse_schedule(f"maps {sides}; top_k 0").maps

@@ -171,13 +171,13 @@ def preset_name(choice: str) -> str | None:
 
 def checkpoint_path(choice: str) -> Path:
     """Return the transformer's file of a choice. Raises ValueError for a missing or original one."""
-    from ..star_core.star import SHIPPED, STAR_FILE
+    from ..star_core.model_files import SHIPPED, STAR_FILE
 
     return SHIPPED / STAR_FILE if choice == SHIPPED_MODEL else _converted(host.find_file(choice))
 
 
 def _files(checkpoint: str, text_encoder: str, vqvae: str) -> Any:
-    from ..star_core.star import find_files
+    from ..star_core.model_files import find_files
 
     star = checkpoint_path(checkpoint)
     codec = None if vqvae == AUTOMATIC else _converted(host.find_file(vqvae))

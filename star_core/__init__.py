@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from .presets import SCHEDULES as SCHEDULES
     from .presets import read_schedule as read_schedule
     from .request import KeptTokens as KeptTokens
+    from .request import Options as Options
     from .request import Request as Request
     from .request import ScaleStep as ScaleStep
     from .schedule import ScalePolicy as ScalePolicy
     from .schedule import ScaleSchedule as ScaleSchedule
-    from .star import Options as Options
     from .star import Star as Star
     from .star import load as load
     from .text_encoder import TextStates as TextStates

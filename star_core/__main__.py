@@ -232,7 +232,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from .sample import plan_sample, run_sample
+    from .sample import run_sample
+    from .sample_plan import plan_sample
 
     for path in run_sample(plan_sample(args)):
         _say(str(path))

@@ -19,7 +19,7 @@ from torch import Tensor
 from .checkpoint import Networks, transformer_facts
 from .config import PRESETS, StarConfig, TokenMap, VQVAEConfig, preset, square_maps
 from .key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
-from .text_encoder import TEXT_KEYS
+from .text_files import TEXT_KEYS
 from .vqvae import VQVAE
 from .weights import METADATA_KEY, build_on_meta, check_keys, read_pickle, save_tensors, vqvae_record
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import TokenMap
-from .schedule import ScalePolicy, ScaleSchedule, ScheduleError, Strategy, parse_schedule, ramp
+from .schedule import ScalePolicy, ScaleSchedule, Strategy, ramp
+from .schedule_text import ScheduleError, parse_schedule
 
 GUIDANCE = 4.0
 SAMPLER_START = 9

@@ -1,4 +1,5 @@
-"""What one batch of pictures is asked for, and what is given back scale by scale.
+"""What one batch of pictures is asked for (`Request`, made from a caller's `Options`), and what is given back
+scale by scale.
 
 Shapes: B pictures, maps of h * w tokens; f_hat is (B, D, H, W), the sum of all token maps so far (paper 3.1).
 """
@@ -129,3 +130,39 @@ class Request:
                 got = [tuple(t.shape) for t in tensors]
                 if got != shapes:
                     raise ValueError(f"kept {name} have shapes {got}, wanted {shapes}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How pictures are drawn. None takes the checkpoint's own choice.
+
+    schedule: a ScaleSchedule, a preset's name or a schedule text. size: (height, width) in pixels.
+    count: pictures per prompt, with indices 0.. . indices: instead, one picture per prompt with this index.
+    prefix, stop, kept: see `Request`.
+    In float32 a picture depends on its prompt, seed and index alone. In other formats, and with 8-bit weights,
+    its last bits, and so a token now and then, depend on how many others are drawn with it.
+    """
+
+    seed: int = 0
+    count: int = 1
+    indices: tuple[int, ...] | None = None
+    schedule: ScaleSchedule | str | None = None
+    size: tuple[int, int] | None = None
+    prefix: tuple[ScaleStep, ...] = ()
+    stop: int | None = None
+    kept: KeptTokens | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+        if self.indices is not None and self.count != 1:
+            raise ValueError("indices name one picture per prompt: leave count at 1")
+
+    def seeds(self, prompts: int) -> tuple[PictureSeed, ...]:
+        """Return whose randomness each row of a batch of prompts uses."""
+        if self.indices is None:
+            per_prompt = range(self.count)
+            return tuple(PictureSeed(self.seed, i) for _ in range(prompts) for i in per_prompt)
+        if len(self.indices) != prompts:
+            raise ValueError(f"{len(self.indices)} indices for {prompts} prompts")
+        return tuple(PictureSeed(self.seed, index) for index in self.indices)

@@ -13,7 +13,8 @@ from typing import Literal
 
 from .config import TokenMap, square_maps
 from .presets import SCHEDULES, read_schedule
-from .schedule import ScalePolicy, ScaleSchedule, Strategy, refuse_lines, scales_of
+from .schedule import ScalePolicy, ScaleSchedule, Strategy
+from .schedule_text import refuse_lines, scales_of
 
 Part = Literal["drawing", "sampler"]
 

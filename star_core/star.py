@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,58 +22,18 @@ from .config import StarConfig, TokenMap, maps_for_size
 from .eight_bit import check_device
 from .generate import generate
 from .graphs import Replays
+from .model_files import find_files
 from .packed import check_packing
 from .presets import read_schedule
-from .request import KeptTokens, PromptSpan, Request, ScaleStep
-from .sampling import PictureSeed
+from .request import Options, PromptSpan, Request, ScaleStep
 from .schedule import ScaleSchedule
 from .streaming import Parts, visiting
-from .text_encoder import TextEncoder, TextStates, find_text_files, load_text_encoder
+from .text_encoder import TextEncoder, TextStates, load_text_encoder
+from .text_files import find_text_files
 from .transformer import Transformer
 from .vqvae import VQVAE
 
 _log = logging.getLogger(__name__)
-
-SHIPPED = Path(__file__).parent / "demo"
-STAR_FILE = "star.safetensors"
-VQVAE_FILE = "vqvae.safetensors"
-TEXT_FOLDER = "text_encoder"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How pictures are drawn. None takes the checkpoint's own choice.
-
-    schedule: a ScaleSchedule, a preset's name or a schedule text. size: (height, width) in pixels.
-    count: pictures per prompt, with indices 0.. . indices: instead, one picture per prompt with this index.
-    prefix, stop, kept: see generate.Request.
-    In float32 a picture depends on its prompt, seed and index alone. In other formats, and with 8-bit weights,
-    its last bits, and so a token now and then, depend on how many others are drawn with it.
-    """
-
-    seed: int = 0
-    count: int = 1
-    indices: tuple[int, ...] | None = None
-    schedule: ScaleSchedule | str | None = None
-    size: tuple[int, int] | None = None
-    prefix: tuple[ScaleStep, ...] = ()
-    stop: int | None = None
-    kept: KeptTokens | None = None
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
-        if self.indices is not None and self.count != 1:
-            raise ValueError("indices name one picture per prompt: leave count at 1")
-
-    def seeds(self, prompts: int) -> tuple[PictureSeed, ...]:
-        """Return whose randomness each row of a batch of prompts uses."""
-        if self.indices is None:
-            per_prompt = range(self.count)
-            return tuple(PictureSeed(self.seed, i) for _ in range(prompts) for i in per_prompt)
-        if len(self.indices) != prompts:
-            raise ValueError(f"{len(self.indices)} indices for {prompts} prompts")
-        return tuple(PictureSeed(self.seed, index) for index in self.indices)
 
 
 class Star:
@@ -284,36 +243,6 @@ def _spans(
     return [(span[0], list(span[1])) for span in prompts if not isinstance(span, str)]
 
 
-@dataclass(frozen=True)
-class Files:
-    """Where a model's parts lie: transformer file, VQ-VAE file, text encoder file or folder."""
-
-    star: Path
-    vqvae: Path
-    text_encoder: Path
-
-
-def find_files(
-    source: Path | str | None = None,
-    *,
-    vqvae: Path | str | None = None,
-    text_encoder: Path | str | None = None,
-) -> Files:
-    """Return the files of a model: see `load`. Raises ValueError naming the one that is missing."""
-    place = SHIPPED if source is None else Path(source)
-    if not place.exists():
-        raise ValueError(f"{place}: no such file or folder")
-    folder = place if place.is_dir() else place.parent
-    star_file = folder / STAR_FILE if place.is_dir() else place
-    if not star_file.is_file():
-        raise ValueError(f"{star_file}: no such file")
-    return Files(
-        star_file,
-        _beside(vqvae, folder / VQVAE_FILE, "VQ-VAE", "--vqvae"),
-        _beside(text_encoder, _text_place(folder), "text encoder", "--text-encoder"),
-    )
-
-
 def load(
     source: Path | str | None = None,
     *,
@@ -381,16 +310,3 @@ def load(
         graphs=graphs,
         short_of_memory=gpu_memory is not None,
     )
-
-
-def _text_place(folder: Path) -> Path:
-    """Return a folder that holds text_encoder/ and tokenizer/, as Stable Diffusion 2.1's does."""
-    single = folder / "text_encoder.safetensors"
-    return single if single.is_file() else folder
-
-
-def _beside(given: Path | str | None, default: Path, what: str, option: str) -> Path:
-    place = default if given is None else Path(given)
-    if not place.exists():
-        raise ValueError(f"{place}: no {what} there. Put it there or name it with {option}")
-    return place

@@ -20,8 +20,9 @@ ENGINE = sorted(CORE.glob("*.py"))
 ALLOWED = {
     "config": set(),
     "schedule": {"config"},
-    "presets": {"config", "schedule"},
-    "schedule_parts": {"config", "presets", "schedule"},
+    "schedule_text": {"config", "schedule"},
+    "presets": {"config", "schedule", "schedule_text"},
+    "schedule_parts": {"config", "presets", "schedule", "schedule_text"},
     "memory": {"config"},
     "tiles": {"vqvae"},
     "prompts": {"request", "text_encoder"},
@@ -52,7 +53,9 @@ ALLOWED = {
     "causal_sampler": {"config", "rope", "sampling", "schedule", "transfer", "transformer"},
     "key_tables": set(),
     "weights": {"config", "key_tables", "packed", "vqvae"},
-    "text_encoder": {"graphs", "key_tables", "transfer", "weights"},
+    "text_files": {"key_tables", "weights"},
+    "text_encoder": {"graphs", "text_files", "transfer", "weights"},
+    "model_files": set(),
     "pictures": set(),
     "graphs": set(),
     "request": {"config", "sampling", "schedule", "text_encoder"},
@@ -72,7 +75,10 @@ ALLOWED = {
 }
 """What the lower rooms may import of ours. Those above them (loading, the face, commands) may import any."""
 
-NO_TORCH = ("config", "schedule", "schedule_parts", "presets", "memory", "key_tables", "__init__", "__main__")
+NO_TORCH = (
+    *("config", "schedule", "schedule_text", "schedule_parts", "presets", "memory", "key_tables"),
+    *("model_files", "__init__", "__main__"),
+)
 HOST = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server", "execution"}
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from star_core import Options, load
+from star_core.model_files import SHIPPED
 from star_core.presets import sampler_start
-from star_core.star import SHIPPED
 
 MEGABYTES = 40
 

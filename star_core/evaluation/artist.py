@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..request import Options
 from ..sampling import PictureSeed
-from ..star import Options, Star
+from ..star import Star
 from .inception import Pictures, check_pictures
 
 _BATCH = 32

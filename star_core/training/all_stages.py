@@ -23,9 +23,9 @@ from typing import NoReturn
 import torch
 
 from ..config import square_maps
+from ..model_files import SHIPPED, STAR_FILE, VQVAE_FILE
 from ..packed import has_bfloat16_products
 from ..presets import read_schedule
-from ..star import SHIPPED, STAR_FILE, VQVAE_FILE
 from .assemble import assemble, text_width
 from .emoji import EmojiSet
 from .options import positive_time, training_seed, usable_device

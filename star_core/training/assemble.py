@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..checkpoint import load_vqvae, resolve_config
 from ..config import StarConfig
+from ..model_files import SHIPPED, STAR_FILE, VQVAE_FILE
 from ..presets import read_schedule
-from ..star import SHIPPED, STAR_FILE, VQVAE_FILE
 from ..text_encoder import load_text_encoder
 from ..weights import METADATA_KEY, TensorFile, save_tensors
 

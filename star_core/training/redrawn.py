@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..quantizer import MultiScaleQuantizer
-from ..request import ScaleStep
-from ..star import Options, Star
+from ..request import Options, ScaleStep
+from ..star import Star
 
 BATCH, BATCH_ON_A_GPU = 64, 512
 """Pictures drawn at once."""

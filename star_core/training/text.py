@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..text_encoder import load_tokenizer, quantize_rows
+from ..text_encoder import load_tokenizer
+from ..text_files import quantize_rows
 from ..weights import save_tensors
 from .bpe import END_ID, MAX_TOKENS, START_ID, VOCABULARY, read_merges, write_tokenizer
 from .minilm import WIDTH as TEACHER_WIDTH

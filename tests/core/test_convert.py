@@ -21,7 +21,7 @@ from star_core.checkpoint import Networks, load_networks, load_vqvae
 from star_core.config import PRESETS, SCALES_256, SCALES_512, StarConfig, VQVAEConfig, preset
 from star_core.convert import convert
 from star_core.key_tables import STAR_KEYS, VQVAE_KEYS
-from star_core.text_encoder import TEXT_KEYS
+from star_core.text_files import TEXT_KEYS
 from star_core.vqvae import VQVAE
 from star_core.weights import TensorFile, official_state
 

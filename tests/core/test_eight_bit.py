@@ -13,7 +13,8 @@ from torch import nn
 
 from star_core import eight_bit, pictures
 from star_core.eight_bit import FORMATS, check_device, quantize_linears
-from star_core.star import Options, load
+from star_core.request import Options
+from star_core.star import load
 
 both = pytest.mark.parametrize("name", FORMATS)
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

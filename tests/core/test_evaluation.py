@@ -36,8 +36,9 @@ from star_core.evaluation.rprecision import (
 )
 from star_core.evaluation.run import marked
 from star_core.evaluation.sheet import PROMPTS_FILE, draw_sheet, load_prompts, mark, read_answers
+from star_core.request import Options
 from star_core.sampling import PictureSeed
-from star_core.star import Options, Star, load
+from star_core.star import Star, load
 from star_core.training.emoji import EmojiSet, Record
 from star_core.training.packages import ASSETS
 from star_core.training.splits import heldout

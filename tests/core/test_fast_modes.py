@@ -13,12 +13,12 @@ import star_core.generate as generate_module
 from star_core.config import TokenMap
 from star_core.generate import generate
 from star_core.pruning import restore, run_count, take, worth_running
-from star_core.request import KeptTokens, ScaleStep
+from star_core.request import KeptTokens, Options, ScaleStep
 from star_core.resume import shared_scales
 from star_core.rope import axial_rope, rotate
 from star_core.sampling import PictureSeed
 from star_core.schedule import ScaleSchedule
-from star_core.star import Options, load
+from star_core.star import load
 
 SCALES = 4
 

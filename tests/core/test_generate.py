@@ -20,10 +20,10 @@ from star_core.attention import LayerCache
 from star_core.causal_sampler import sampler_logits
 from star_core.config import maps_for_size, token_count
 from star_core.generate import generate
-from star_core.request import KeptTokens, PromptSpan, ScaleStep
+from star_core.request import KeptTokens, Options, PromptSpan, ScaleStep
 from star_core.sampling import Draw, PictureSeed, draw, smooth_weights
 from star_core.schedule import ScalePolicy, ScaleSchedule
-from star_core.star import Options, Star
+from star_core.star import Star
 from star_core.text_encoder import TextStates
 
 CPU = torch.device("cpu")

@@ -18,10 +18,9 @@ from star_core import load
 from star_core.generate import generate
 from star_core.graphs import Pace, Program, Replays, Tape, Tapes, look_at_once
 from star_core.kernels import references_only
-from star_core.request import KeptTokens, Request, ScaleStep
+from star_core.request import KeptTokens, Options, Request, ScaleStep
 from star_core.sampling import KeptNoise, PictureSeed, ScaleNoise, keep_top_p
 from star_core.schedule import ScaleSchedule
-from star_core.star import Options
 from star_core.text_encoder import TextStates
 
 CPU = torch.device("cpu")

@@ -13,8 +13,9 @@ from star_core.memory import decoding_bytes, drawing_bytes
 from star_core.presets import SCHEDULES, named_schedule, read_schedule
 from star_core.prompts import active, spans, switch
 from star_core.request import joined
-from star_core.schedule import ScheduleError, nearest_scale, parse_schedule, scales_of
+from star_core.schedule import nearest_scale
 from star_core.schedule_parts import SamplerPart, assemble, check_part, part_text, read_part
+from star_core.schedule_text import ScheduleError, parse_schedule, scales_of
 from star_core.tiles import decode_in_tiles
 from star_core.transformer import longest_cache
 

@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 
 from star_core.config import PRESETS, square_maps
 from star_core.presets import SCHEDULES, named_schedule, read_schedule, sampler_start
-from star_core.schedule import (
-    QUANTITIES,
-    ScalePolicy,
-    ScaleSchedule,
-    ScheduleError,
-    parse_schedule,
-    ramp,
-    sides_text,
-)
+from star_core.schedule import QUANTITIES, ScalePolicy, ScaleSchedule, ramp, sides_text
+from star_core.schedule_text import ScheduleError, parse_schedule
 
 MAPS_6 = square_maps((1, 2, 3, 4, 6, 8))
 MAPS_10 = PRESETS["star-256-d16"].maps

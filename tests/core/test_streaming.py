@@ -12,8 +12,9 @@ import torch
 from star_core import load
 from star_core.generate import generate
 from star_core.memory import decoding_bytes, drawing_bytes
+from star_core.request import Options
 from star_core.sampling import PictureSeed
-from star_core.star import Options, Star
+from star_core.star import Star
 from star_core.streaming import (
     PLACES,
     Parts,

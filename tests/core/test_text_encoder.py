@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from star_core import star
-from star_core.text_encoder import load_text_encoder, load_tokenizer, quantize_rows, whole_rows
+from star_core.model_files import SHIPPED
+from star_core.text_encoder import load_text_encoder, load_tokenizer
+from star_core.text_files import quantize_rows, whole_rows
 from star_core.training.bpe import END, START, token_texts, vocabulary, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,9 +334,9 @@ def test_damage_is_refused_with_file_and_remedy(folder, damage, complaint):
 )
 def test_a_missing_text_file_is_told_before_the_model_s_weights_are_read(lost, tmp_path, monkeypatch):
     for name in ("star.safetensors", "vqvae.safetensors"):
-        shutil.copy(star.SHIPPED / name, tmp_path)
+        shutil.copy(SHIPPED / name, tmp_path)
     for name in ("text_encoder", "tokenizer"):
-        shutil.copytree(star.SHIPPED / name, tmp_path / name)
+        shutil.copytree(SHIPPED / name, tmp_path / name)
     (tmp_path / lost).unlink()
     monkeypatch.setattr(star, "load_networks", lambda *args, **options: pytest.fail("gigabytes were read"))
     with pytest.raises(ValueError, match=re.escape(Path(lost).name)):

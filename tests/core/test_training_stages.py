@@ -17,9 +17,10 @@ from star_core.__main__ import main
 from star_core.causal_sampler import CausalSampler
 from star_core.checkpoint import load_networks, load_vqvae
 from star_core.config import square_maps, token_count
-from star_core.request import ScaleStep
+from star_core.model_files import SHIPPED
+from star_core.request import Options, ScaleStep
 from star_core.rope import axial_rope_of_maps
-from star_core.star import SHIPPED, Options, load
+from star_core.star import load
 from star_core.text_encoder import load_text_encoder
 from star_core.training import causal_sampler, decoder, tokenizer, transformer, versions
 from star_core.training import lessons as lessons_module

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from star_core.__main__ import main
-from star_core.star import SHIPPED, Options, load
+from star_core.model_files import SHIPPED
+from star_core.request import Options
+from star_core.star import load
 from star_core.training import all_stages, assemble, causal_sampler, decoder, tokenizer, transformer
 
 STAGES = (tokenizer, transformer, causal_sampler, decoder)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from star_core import fp8, load
 from star_core.fp8 import Float8Linear, has_products, round_rows
 from star_core.kernels import given_up, references_only
-from star_core.star import Options
+from star_core.request import Options
 
 LAYERS = [
     (1920, 7680),

@@ -15,9 +15,9 @@ from star_core import attention, load, sampling, transformer
 from star_core.attention import LayerCache
 from star_core.graphs import Replays
 from star_core.kernels import references_only
+from star_core.request import Options
 from star_core.rope import Rotation
 from star_core.sampling import PictureSeed
-from star_core.star import Options
 
 pytestmark = pytest.mark.usefixtures("kernels_serve")
 KINDS = ["plain", "smooth", "confidence", "masked", "official"]

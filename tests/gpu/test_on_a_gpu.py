@@ -15,9 +15,8 @@ from star_core.generate import generate
 from star_core.graphs import CudaGraph, Replays
 from star_core.int8 import Int8Linear
 from star_core.kernels import references_only
-from star_core.request import ScaleStep
+from star_core.request import Options, ScaleStep
 from star_core.sampling import PictureSeed
-from star_core.star import Options
 from star_core.streaming import Parts
 
 KINDS = ["plain", "smooth", "confidence", "masked", "official"]

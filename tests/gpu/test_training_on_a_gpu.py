@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from star_core.model_files import SHIPPED
 from star_core.quantizer import BATCH_OF_PRODUCTS, enlarged
-from star_core.star import SHIPPED
 from star_core.training import causal_sampler, decoder, tokenizer, transformer
 from star_core.training.recorded import UNRECORDED, RecordedStep
 from star_core.training.run import Average

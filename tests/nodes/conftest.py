@@ -16,7 +16,7 @@ import pytest
 
 from star_core.checkpoint import Networks, save_networks
 from star_core.config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
-from star_core.star import SHIPPED
+from star_core.model_files import SHIPPED
 from star_core.vqvae import VQVAE
 from star_core.weights import save_vqvae
 

@@ -28,8 +28,9 @@ from star_core.parity import (
     reproducible_value,
 )
 from star_core.presets import named_schedule
+from star_core.request import Options
 from star_core.schedule import ScalePolicy, ScaleSchedule, ramp
-from star_core.star import Options, Star
+from star_core.star import Star
 from star_core.text_encoder import TextStates
 from star_core.vqvae import VQVAE
 

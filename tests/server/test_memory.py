@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from star_core.star import SHIPPED
+from star_core.model_files import SHIPPED
 
 # With its default cache a newer ComfyUI keeps every prompt's results until memory is short. That would hide
 # a leak of ours behind its own growth: here it keeps the last prompt's alone, as older versions do.

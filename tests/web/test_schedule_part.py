@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from star_core.presets import SCHEDULES
-from star_core.schedule import ScheduleError, parse_schedule, ramp
+from star_core.schedule import ramp
 from star_core.schedule_parts import check_part
+from star_core.schedule_text import ScheduleError, parse_schedule
 
 HERE = Path(__file__).parent
 NODE = shutil.which("node")

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from star_core.presets import SCHEDULES, named_schedule
-from star_core.schedule import QUANTITIES, ScheduleError, parse_schedule
+from star_core.schedule import QUANTITIES
+from star_core.schedule_text import ScheduleError, parse_schedule
 
 HERE = Path(__file__).parent
 NODE = shutil.which("node")

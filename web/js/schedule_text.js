@@ -1,6 +1,6 @@
 // The text form of a schedule: parser and writer. No DOM, nothing of ComfyUI.
 //
-// Line by line the twin of star_core/schedule.py: the same texts are read, the same are refused, with the same
+// Line by line the twin of star_core/schedule_text.py: the same texts are read, the same are refused, with the same
 // words. What the engine keeps as one ScaleSchedule is here {scales, maps, values, strategy, samplerGuidance}
 // with one list of values per written quantity.
 

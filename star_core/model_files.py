@@ -1,0 +1,53 @@
+"""Which files make a model: transformer, VQ-VAE and text encoder, by their names in its folder. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SHIPPED = Path(__file__).parent / "demo"
+STAR_FILE = "star.safetensors"
+VQVAE_FILE = "vqvae.safetensors"
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a model's parts lie: transformer file, VQ-VAE file, text encoder file or folder."""
+
+    star: Path
+    vqvae: Path
+    text_encoder: Path
+
+
+def find_files(
+    source: Path | str | None = None,
+    *,
+    vqvae: Path | str | None = None,
+    text_encoder: Path | str | None = None,
+) -> Files:
+    """Return the files of a model: see `load`. Raises ValueError naming the one that is missing."""
+    place = SHIPPED if source is None else Path(source)
+    if not place.exists():
+        raise ValueError(f"{place}: no such file or folder")
+    folder = place if place.is_dir() else place.parent
+    star_file = folder / STAR_FILE if place.is_dir() else place
+    if not star_file.is_file():
+        raise ValueError(f"{star_file}: no such file")
+    return Files(
+        star_file,
+        _beside(vqvae, folder / VQVAE_FILE, "VQ-VAE", "--vqvae"),
+        _beside(text_encoder, _text_place(folder), "text encoder", "--text-encoder"),
+    )
+
+
+def _text_place(folder: Path) -> Path:
+    """Return a folder that holds text_encoder/ and tokenizer/, as Stable Diffusion 2.1's does."""
+    single = folder / "text_encoder.safetensors"
+    return single if single.is_file() else folder
+
+
+def _beside(given: Path | str | None, default: Path, what: str, option: str) -> Path:
+    place = default if given is None else Path(given)
+    if not place.exists():
+        raise ValueError(f"{place}: no {what} there. Put it there or name it with {option}")
+    return place
