@@ -200,7 +200,8 @@ class CrossAttention(nn.Module):
         v = v + self.v_bias.to(v)
         k, v = (rearrange(t, "b t (h d) -> b h t d", h=self.heads) for t in (k, v))
         spread = rearrange(mask, "b t -> b 1 1 t") if mask is not None else None
-        return TextKeys(F.normalize(k, dim=-1), v, spread)
+        # In float32: padding has keys of length 0, and the floor under a length is 0 in float16.
+        return TextKeys(F.normalize(k.float(), dim=-1).to(k.dtype), v, spread)
 
     def forward(self, x: Tensor, text: TextKeys) -> Tensor:
         """Map (B, L, C) to (B, L, C)."""

@@ -724,6 +724,25 @@ def test_f_hat_stays_float32_when_the_model_runs_in_bfloat16(
     assert torch.isfinite(steps[-1].f_hat).all()
 
 
+def test_in_float16_texts_of_unequal_length_are_drawn_as_in_float32(model: object, ask: Callable):
+    # Padding has keys of length 0, and the least length that is divided by is 0 in float16.
+    coarse = copy.deepcopy(model)
+    for part in (coarse.transformer, coarse.sampler):
+        part.half()
+    asked = ask([1, 4], ScaleSchedule((ScalePolicy(top_k=24, guidance=1.0),) * SCALES))
+    (span,) = asked.prompts
+    assert len({int(mask.sum()) for mask in span.conditional.mask}) == 2
+    # As a text encoder's states are.
+    bare = [
+        dataclasses.replace(t, hidden=t.hidden * t.mask[..., None])
+        for t in (span.conditional, span.unconditional)
+    ]
+    asked = dataclasses.replace(asked, prompts=(PromptSpan(*bare),))
+    pairs = list(zip(model.run(asked), coarse.run(asked), strict=True))
+    equal = [(a.tokens == b.tokens).float().mean(dim=1).min() for a, b in pairs[:3]]
+    assert min(equal) > 0.6
+
+
 # What the schedule cannot mean.
 
 
