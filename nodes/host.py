@@ -124,6 +124,14 @@ def vqvae_dtype() -> torch.dtype:
     return dtype
 
 
+def compute_device() -> torch.device:
+    """Return where transformer and causal sampler compute."""
+    import comfy.model_management as mm
+
+    device: torch.device = mm.get_torch_device()
+    return device
+
+
 def transformer_patcher(model: nn.Module) -> Any:
     """Wrap transformer and sampler so that ComfyUI decides where their weights are."""
     import comfy.model_management as mm
@@ -182,13 +190,15 @@ def out_of_memory(error: BaseException) -> bool:
     import comfy.model_management as mm
     import torch
 
+    from ..star_core.memory import is_out_of_memory
+
     # Where torch knows no such exception, ComfyUI's name for it is Exception itself.
     known = mm.OOM_EXCEPTION if mm.OOM_EXCEPTION is not Exception else torch.cuda.OutOfMemoryError
     check = getattr(mm, "is_oom", None)
     if isinstance(error, known) or (check is not None and bool(check(error))):
         return True
-    # The CPU's allocator says it in words alone.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    # The allocators of CPUs and of Apple's GPUs say it in words alone.
+    return isinstance(error, RuntimeError) and is_out_of_memory(error)
 
 
 def empty_cache() -> None:

@@ -133,8 +133,7 @@ class StarLoad(io.ComfyNode):
         if checkpoint is None or text_encoder is None or vqvae is None:
             return "a choice comes over a link: which one, its own node tells"
         try:
-            files = _files(checkpoint, text_encoder, vqvae)
-            places = [files.star, files.vqvae, *_weights_at(files.text_encoder)]
+            places = _files_read(_files(checkpoint, text_encoder, vqvae))
             state = " ".join(f"{p}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in places)
         except ValueError as error:
             state = str(error)
@@ -182,27 +181,30 @@ def _files(checkpoint: str, text_encoder: str, vqvae: str) -> Any:
     star = checkpoint_path(checkpoint)
     codec = None if vqvae == AUTOMATIC else _converted(host.find_file(vqvae))
     text = None if text_encoder == AUTOMATIC else host.find_file(text_encoder)
-    try:
-        return find_files(star, vqvae=codec, text_encoder=text)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} (in Load STAR: put it beside the checkpoint for automatic, or choose another file)"
-        ) from error
+    files = find_files(star, vqvae=codec, text_encoder=text)
+    _files_read(files)  # a missing one is told before gigabytes are read
+    return files
+
+
+def _files_read(files: Any) -> list[Path]:
+    """Return all files that a model is made of. Raises ValueError where the text encoder lacks one."""
+    from ..star_core.text_files import files_read, find_text_files
+
+    return [files.star, files.vqvae, *files_read(*find_text_files(files.text_encoder, None))]
 
 
 def _transformer(file: Path, preset: str | None, precision: str) -> Any:
     """Return transformer and causal sampler in a precision, wrapped for ComfyUI."""
     from ..star_core.checkpoint import load_networks
-    from ..star_core.eight_bit import FORMATS, check_device
+    from ..star_core.eight_bit import FORMATS, check_eight_bit
 
     eight_bit = precision if precision in FORMATS else None
+    check_eight_bit(eight_bit, host.compute_device())
     dtype = host.transformer_dtype("auto" if eight_bit else precision, file.stat().st_size // 2)
     _, networks = load_networks(
         file, preset_name=preset, operations=host.operations(), dtype=dtype, eight_bit=eight_bit
     )
-    patcher = host.transformer_patcher(networks)
-    check_device(eight_bit, patcher.load_device)
-    return patcher
+    return host.transformer_patcher(networks)
 
 
 def _converted(path: Path) -> Path:
@@ -215,13 +217,6 @@ def _converted(path: Path) -> Path:
         f' it once, in the folder of this pack: python -m star_core convert "{path}" --out "{out}" (add'
         " --preset where it asks for one), then choose the .safetensors file"
     )
-
-
-def _weights_at(place: Path) -> list[Path]:
-    """Return the files of a text encoder's place, for noticing that they changed."""
-    if place.is_file():
-        return [place]
-    return sorted(file for folder in (place, place / "text_encoder") for file in folder.glob("*.safetensors"))
 
 
 def _check_width(config: Any, width: int, place: Path) -> None:

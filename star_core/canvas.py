@@ -19,7 +19,7 @@ from .request import PromptSpan, Request
 from .rope import Rotation
 from .sampling import KeptNoise, ScaleNoise, guide
 from .schedule import ScaleSchedule
-from .transformer import Transformer, longest_cache
+from .transformer import Transformer
 
 
 class Spoken(NamedTuple):
@@ -53,10 +53,12 @@ class Canvas:
     def __post_init__(self) -> None:
         maps = self.request.maps
         self.rotation = self.transformer.rotations(maps).to(self.device)
-        self.cache = self.transformer.new_cache(self.rows(0), longest_cache(maps), self.device)
         self.offsets = [token_count(maps[:scale]) for scale in range(len(maps) + 1)]
         run = [run_count(h * w, p.prune) for (h, w), p in zip(maps, self.schedule.scales, strict=True)]
         self.cached = [sum(run[:scale]) for scale in range(len(maps))]
+        # The last scale that is drawn stays out: nothing reads it. A canvas that stays may be asked for more.
+        last = len(maps) if self.stays else self.request.stop or len(maps)
+        self.cache = self.transformer.new_cache(self.rows(0), self.cached[last - 1], self.device)
 
     def forget(self) -> None:
         """Let go of the large tensors."""
@@ -68,8 +70,7 @@ class Canvas:
 
     def rows(self, scale: int) -> int:
         """Return how many rows a scale has: twins are left out where no later scale is guided."""
-        guided = self.schedule.guided and scale < self.schedule.guided_scales
-        return len(self.request.seeds) * (2 if guided else 1)
+        return len(self.request.seeds) * (2 if scale < self.schedule.guided_scales else 1)
 
     def prepare(self, scale: int) -> None:
         """Do what the host has to do before a scale: hand over the prompt that starts here, and chance."""

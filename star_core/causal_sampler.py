@@ -138,11 +138,11 @@ def _unmask_counts(steps: int, tokens: int) -> tuple[int, ...]:
 class Refinement:
     """One scale's work for the causal sampler, all fixed while its steps run.
 
-    transformer_logits (B, n, V) are guided already. `logits` maps tokens (B, n) and known (B, n) to the
-    sampler's guided logits (B, n, V).
+    transformer_logits (B, n, V) are guided already, None where no step draws from them. `logits` maps tokens
+    (B, n) and known (B, n) to the sampler's guided logits (B, n, V).
     """
 
-    transformer_logits: Tensor
+    transformer_logits: Tensor | None
     logits: Callable[[Tensor, Tensor], Tensor]
     policy: ScalePolicy
     strategy: Strategy
@@ -204,7 +204,11 @@ def _on_device(counts: Sequence[int], device: torch.device) -> Tensor:
 def _refine_step(work: Refinement, filling: PartialMap, step: int, counts: Tensor) -> PartialMap:
     policy = work.policy
     by_transformer = step < policy.transformer_steps and work.strategy != "masked"
-    logits = work.transformer_logits if by_transformer else work.logits(filling.tokens, filling.known)
+    if by_transformer:
+        assert work.transformer_logits is not None, "schedule.asks_transformer says that a step draws from them"
+        logits = work.transformer_logits
+    else:
+        logits = work.logits(filling.tokens, filling.known)
     positions = filling.tokens.shape[1]
     drawn = draw(
         logits,

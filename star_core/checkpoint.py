@@ -33,6 +33,15 @@ from .weights import (
     save_tensors,
 )
 
+TOLD_BY = (
+    "word_embed.weight",
+    "blocks.0.attn.scale_mul_1H11",
+    "lvl_embed.weight",
+    "encoder_proj.weight",
+    "head_logits.weight",
+)
+"""The tensors whose shapes say what a transformer is."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -47,11 +56,11 @@ class Facts:
     code_width: int
     sampler_depth: int
 
-    def contradictions(self, config: TransformerConfig) -> list[str]:
-        """Return a phrase for every field in which a configuration and the file differ."""
+    def contradictions(self, config: TransformerConfig, said_by: str = "the preset") -> list[str]:
+        """Return a phrase for every field in which the tensors and what somebody says of them differ."""
         return [
             f"{field.name} is {getattr(self, field.name)} in the file and"
-            f" {getattr(config, field.name)} in the preset"
+            f" {getattr(config, field.name)} in {said_by}"
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != getattr(config, field.name)
         ]
@@ -71,12 +80,17 @@ def transformer_facts(shapes: Mapping[str, tuple[int, ...]], source: str) -> Fac
             code_width=code_width,
             sampler_depth=_blocks(shapes, "feat_extract_blocks"),
         )
-    except (KeyError, ValueError, IndexError) as error:
+    except KeyError as error:
         first = next(iter(shapes), "nothing")
         raise ValueError(
-            f"{source}: not a STAR transformer, it has no usable {error!s:.60} (its first tensor is"
+            f"{source}: not a STAR transformer, it has no {error!s:.60} (its first tensor is"
             f" {first}). Give the transformer's file here; the VQ-VAE and the text encoder have their"
             " own places"
+        ) from error
+    except (ValueError, IndexError) as error:
+        odd = ", ".join(f"{name} {list(shapes[name])}" for name in TOLD_BY if name in shapes)
+        raise ValueError(
+            f"{source}: not a STAR transformer, its tensors have other shapes than one's: {odd}"
         ) from error
 
 
@@ -95,6 +109,10 @@ def resolve_config(
     Raises ValueError where neither says it, or where preset, metadata and tensors contradict each other.
     """
     facts = transformer_facts({name: file.shape(name) for name in file}, str(file.path))
+    if overrides and preset_name is None:
+        raise ValueError(
+            f"{', '.join(overrides)} overrides a preset, and none is named: name it, or leave it out"
+        )
     stored = file.metadata.get(METADATA_KEY)
     if stored is not None:
         config = _stored_config(file.path, stored)
@@ -105,17 +123,27 @@ def resolve_config(
             )
     elif preset_name is None:
         fitting = [n for n, c in PRESETS.items() if not facts.contradictions(c.transformer)]
-        choice = ", ".join(fitting) or "none: write the configuration with `convert`"
+        if not fitting:
+            raise ValueError(f"{file.path} does not say which model it is, and {unreleased(facts)}")
         raise ValueError(
             f"{file.path} does not say which model it is: choose a preset. By names and shapes it can"
-            f" be: {choice}"
+            f" be: {', '.join(fitting)}"
         )
     else:
         config = preset(preset_name, overrides)
-    wrong = facts.contradictions(config.transformer)
+    wrong = facts.contradictions(config.transformer, "its metadata" if stored is not None else "the preset")
     if wrong:
         raise ValueError(f"{file.path} is not {config.name}: {'; '.join(wrong)}")
     return config
+
+
+def unreleased(facts: Facts) -> str:
+    """Say that no released model has these facts, and that no preset can help."""
+    told = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(facts).items())
+    return (
+        f"no released one has its sizes ({told}): whoever trained it has to save it with its configuration"
+        " (`save_networks`)"
+    )
 
 
 def _stored_config(path: Path, stored: str) -> StarConfig:

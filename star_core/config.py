@@ -282,6 +282,12 @@ def _released(name: str, depth: int, sides: Sequence[int], schedule: str, **fiel
     )
 
 
+LAST_SCALE_REFINED = (
+    "top_k 4096; top_p 0.8; guidance ramp 4; steps 0*9 8; transformer_steps 0*9 5; random_steps 0*9 5"
+)
+"""Of the 256 px sampler run: the released code refines from index 9 on (`sample_from_idx`), whatever a model's
+number of scales, and has taught its sampler nothing else; of these ten it is the last. Steps as its demo's."""
+
 PRESETS: Mapping[str, StarConfig] = {
     config.name: config
     for config in (
@@ -291,7 +297,7 @@ PRESETS: Mapping[str, StarConfig] = {
             "star-256-d30-sampler",
             30,
             SCALES_256,
-            "official-1024",
+            LAST_SCALE_REFINED,
             sampler_depth=3,
             rope_theta=100.0,
             rope_extent=32.0,

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Networks, transformer_facts
+from .checkpoint import Networks, transformer_facts, unreleased
 from .config import PRESETS, StarConfig, TokenMap, VQVAEConfig, preset, square_maps
 from .key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
+from .schedule import sides_text
 from .text_files import TEXT_KEYS
 from .vqvae import VQVAE
 from .weights import METADATA_KEY, build_on_meta, check_keys, read_pickle, save_tensors, vqvae_record
@@ -30,6 +31,8 @@ VQVAE_PATHS = (("trainer", "vae_local"), ("vae_local",))
 TEXT_PATHS = (("trainer", "text_enc"), ("text_enc",))
 CONFIG_PATHS = (("trainer", "config"), ("config",))
 TEXT_PREFIX = "text_encoder."
+VQVAE_TOLD_BY = ("encoder.conv_in.weight", "quantize.embedding.weight")
+"""The tensors whose shapes say what a VQ-VAE is."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,13 @@ def _config(
     if maps is not None:
         fitting = {n: c for n, c in fitting.items() if c.maps == maps}
     if preset_name is None:
+        if not fitting:
+            also = "" if maps is None else f"; its scales are {sides_text(maps)}"
+            raise ValueError(f"{source} does not say which model it is, and {unreleased(facts)}{also}")
         if len(fitting) != 1:
-            choice = ", ".join(fitting) or "none that is released"
             raise ValueError(
                 f"{source} does not say which model it is: give --preset. By names, shapes and scales"
-                f" it can be: {choice}"
+                f" it can be: {', '.join(fitting)}"
             )
         preset_name = next(iter(fitting))
     config = preset(preset_name, overrides)
@@ -165,7 +170,7 @@ def _kept(
         if reason := table.reason_dropped(name):
             log.info("%s left out: %s", name, reason)
             continue
-        exact = dtype is None or name.endswith("scale_mul_1H11")
+        exact = dtype is None or name.endswith("scale_mul_1H11") or name.startswith("quantize.")
         # One tensor at a time leaves the memory-mapped file; together they are half its weights.
         found = _cast(source, name, tensor, None if exact else dtype)
         # safetensors refuses two names of one memory.
@@ -190,13 +195,14 @@ def _write_star(
 
 
 def _write_vqvae(source: Path, out: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Written:
-    try:
-        base_channels = tensors["encoder.conv_in.weight"].shape[0]
-        codebook_size, code_width = tensors["quantize.embedding.weight"].shape
-    except (KeyError, ValueError, IndexError) as error:
+    shapes = {name: tuple(tensors[name].shape) for name in VQVAE_TOLD_BY if name in tensors}
+    if len(shapes) < len(VQVAE_TOLD_BY) or [len(shape) for shape in shapes.values()] != [4, 2]:
+        told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "none of them"
         raise ValueError(
-            f"{source}: its VQ-VAE has no usable {error!s:.60}. Is this the VQ-VAE of STAR and VAR?"
-        ) from error
+            f"{source}: its VQ-VAE is to have {' and '.join(VQVAE_TOLD_BY)}, and has {told}. Is this the VQ-VAE"
+            " of STAR and VAR?"
+        )
+    (base_channels, *_), (codebook_size, code_width) = shapes.values()
     config = VQVAEConfig(base_channels, codebook_size=codebook_size, code_width=code_width)
     check_keys(build_on_meta(lambda: VQVAE(config)), tensors, VQVAE_KEYS, str(source))
     kept = _kept(source, tensors, VQVAE_KEYS, dtype)

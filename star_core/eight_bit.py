@@ -23,12 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def quantize_linears(module: nn.Module, eight_bit: str) -> nn.Module:
-    """Replace the linear layers below a module, heads apart, one at a time; return the module.
-
-    Raises ValueError for a format that is none of `FORMATS`.
-    """
-    if eight_bit not in FORMATS:
-        raise ValueError(f"8-bit weights are {' or '.join(FORMATS)}, not {eight_bit!r}")
+    """Replace the linear layers below a module, heads apart, one at a time; return the module."""
     for name, child in module.named_children():
         if not isinstance(child, nn.Linear):
             quantize_linears(child, eight_bit)
@@ -37,11 +32,13 @@ def quantize_linears(module: nn.Module, eight_bit: str) -> nn.Module:
     return module
 
 
-def check_device(eight_bit: str | None, device: torch.device) -> None:
+def check_eight_bit(eight_bit: str | None, device: torch.device) -> None:
     """Say so where a device has to make FP8 weights whole for every product.
 
-    Raises ValueError for a device that cannot even hold them.
+    Raises ValueError for a format that is none of `FORMATS`, and for a device that cannot even hold it.
     """
+    if eight_bit is not None and eight_bit not in FORMATS:
+        raise ValueError(f"8-bit weights are {' or '.join(FORMATS)}, not {eight_bit!r}")
     if eight_bit == "fp8" and device.type == "mps":
         raise ValueError("fp8 cannot be had on mps, which knows no 8-bit floats: choose int8 or bfloat16")
     if eight_bit == "fp8" and not has_products(device):

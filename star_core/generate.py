@@ -49,11 +49,12 @@ def generate(
 
     replays: where scales are recorded, and repeated for later pictures of the same shape. A run with given
     or kept tokens is not. Without it nothing outlives the generator.
-    Raises ValueError for a schedule that this model cannot run.
+    Raises ValueError for a schedule that this model cannot run, and for kept tokens that it does not have.
     """
     maps = request.maps
     config = transformer.config
     schedule = request.schedule.fit(maps, config.codebook_size, has_sampler=sampler is not None)
+    _check_kept(request, config.codebook_size)
     with ExitStack() as lent:
         canvas = None
         if replays is not None and not request.prefix and request.kept is None:
@@ -69,6 +70,17 @@ def generate(
             lent.callback(canvas.forget)
         canvas.request = request
         yield from _scales(canvas, sampler, quantizer, schedule, replays if canvas.stays else None)
+
+
+def _check_kept(request: Request, codebook_size: int) -> None:
+    """Raise ValueError for kept tokens of another codebook: on a GPU they would end the process."""
+    for scale, tokens in enumerate(() if request.kept is None else request.kept.tokens):
+        least, most = (int(value) for value in tokens.aminmax())
+        if least < 0 or most >= codebook_size:
+            raise ValueError(
+                f"kept tokens of scale {scale + 1} are {least} to {most}, this model's codebook has"
+                f" {codebook_size}: take them from a picture that its own VQ-VAE has encoded"
+            )
 
 
 def _shape(request: Request, modules: Sequence[torch.nn.Module | None], device: torch.device) -> Hashable:
@@ -172,15 +184,15 @@ def _draw_scale(
     request = canvas.request
     policy = schedule.scales[scale]
     noise = canvas.noise(scale)
-    logits = canvas.guided_logits(features, policy.strength)
     kept = _kept_at(request, scale, canvas.device)
-    if policy.smooth:
-        return _draw_smooth(logits, quantizer, noise, policy, kept, scale, request.maps)
     if policy.steps:
         assert sampler is not None, "fit() refuses sampler steps without a sampler"
-        work = _refinement(canvas, sampler, quantizer, schedule, features, logits, scale, noise)
+        work = _refinement(canvas, sampler, quantizer, schedule, features, scale, noise)
         tokens = _settled(work, kept, _free_at(request, scale), look)
     else:
+        logits = canvas.guided_logits(features, policy.strength)
+        if policy.smooth:
+            return _draw_smooth(logits, quantizer, noise, policy, kept, scale, request.maps)
         drawn = draw(
             logits,
             noise.uniform(logits.shape[1]),
@@ -219,11 +231,13 @@ def _refinement(
     quantizer: MultiScaleQuantizer,
     schedule: ScaleSchedule,
     features: Tensor,
-    logits: Tensor,
     scale: int,
     noise: ScaleNoise,
 ) -> Refinement:
     """Return the causal sampler's work on one scale."""
+    policy = schedule.scales[scale]
+    # At 64x64 tokens they take 134 MB: not where no step draws from them.
+    logits = canvas.guided_logits(features, policy.strength) if schedule.asks_transformer(scale) else None
     rotation = canvas.sampler_rotation(scale)
     token_map = canvas.request.maps[scale]
     strength = schedule.sampler_strength(scale)
@@ -235,7 +249,7 @@ def _refinement(
         codes = vectors * known.unsqueeze(-1)
         return sampler_logits(sampler, codes, seen, pooled, scale, rotation, strength)
 
-    return Refinement(logits, guided_by_known, schedule.scales[scale], schedule.strategy, noise)
+    return Refinement(logits, guided_by_known, policy, schedule.strategy, noise)
 
 
 def _settled(work: Refinement, kept: PartialMap, free: Sequence[int], look: Look) -> Tensor:

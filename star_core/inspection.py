@@ -7,10 +7,9 @@ from pathlib import Path
 
 from .checkpoint import resolve_config, stored_vqvae_config, transformer_facts
 from .config import PRESETS, token_count
+from .model_files import SHIPPED
 from .schedule import sides_text
 from .weights import METADATA_KEY, TensorFile
-
-SHIPPED = Path(__file__).parent / "demo"
 
 
 def describe(path: Path | None) -> list[str]:

@@ -8,6 +8,9 @@ from pathlib import Path
 SHIPPED = Path(__file__).parent / "demo"
 STAR_FILE = "star.safetensors"
 VQVAE_FILE = "vqvae.safetensors"
+TEXT_FOLDER = "text_encoder"
+TEXT_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""What a folder that transformers has written holds."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,23 @@ def find_files(
         raise ValueError(f"{star_file}: no such file")
     return Files(
         star_file,
-        _beside(vqvae, folder / VQVAE_FILE, "VQ-VAE", "--vqvae"),
-        _beside(text_encoder, _text_place(folder), "text encoder", "--text-encoder"),
+        _beside(vqvae, folder / VQVAE_FILE, "VQ-VAE", "vqvae"),
+        _beside(text_encoder, _text_place(folder), "text encoder", "text_encoder"),
     )
 
 
 def _text_place(folder: Path) -> Path:
-    """Return a folder that holds text_encoder/ and tokenizer/, as Stable Diffusion 2.1's does."""
+    """Return where a model's folder has its text encoder: in one file, in itself as transformers writes one, or
+    in text_encoder/ (tokenizer/ is beside it), as Stable Diffusion 2.1's does."""
     single = folder / "text_encoder.safetensors"
-    return single if single.is_file() else folder
+    if single.is_file():
+        return single
+    written = any((folder / name).is_file() for name in TEXT_WEIGHTS)
+    return folder if written else folder / TEXT_FOLDER
 
 
 def _beside(given: Path | str | None, default: Path, what: str, option: str) -> Path:
     place = default if given is None else Path(given)
     if not place.exists():
-        raise ValueError(f"{place}: no {what} there. Put it there or name it with {option}")
+        raise ValueError(f"{place}: no {what} there. Put it there, or name another place ({option})")
     return place

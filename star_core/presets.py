@@ -9,12 +9,11 @@ from typing import Any
 
 from .config import TokenMap
 from .schedule import ScalePolicy, ScaleSchedule, Strategy, ramp
-from .schedule_text import ScheduleError, parse_schedule
+from .schedule_text import ScheduleError, only_word, parse_schedule
 
 GUIDANCE = 4.0
 SAMPLER_START = 9
 """Scale index from which the released sampler checkpoint refines (`sample_from_idx`)."""
-LAST_LONG_INDEX = 13
 
 
 @dataclass(frozen=True)
@@ -165,8 +164,8 @@ def read_schedule(text: str, maps: Sequence[TokenMap]) -> ScaleSchedule:
 
     Raises ScheduleError pointing at the character, ValueError for a schedule of another model.
     """
-    word = text.strip()
-    if word and len(word.split()) == 1:
+    word = only_word(text)
+    if word is not None:
         if word not in SCHEDULES:
             names = ", ".join(SCHEDULES)
             raise ScheduleError(f"{word!r} is neither a preset ({names}) nor a schedule text")

@@ -18,6 +18,9 @@ from .sampling import PictureSeed
 from .schedule import ScaleSchedule
 from .text_encoder import TextStates
 
+WHOLE_NUMBERS = {torch.int64, torch.int32}
+"""What tokens may be stored as."""
+
 
 @dataclass(frozen=True)
 class PromptSpan:
@@ -125,11 +128,18 @@ class Request:
                     f"given scale {scale + 1} has tokens {tuple(step.tokens.shape)} of a"
                     f" {step.token_map} map, wanted {shapes[scale]} of {self.maps[scale]}"
                 )
+            if step.f_hat.shape[0] != batch or tuple(step.f_hat.shape[2:]) != self.maps[-1]:
+                raise ValueError(
+                    f"given scale {scale + 1} is of a picture of another size: f_hat {tuple(step.f_hat.shape)},"
+                    f" wanted {batch} of {self.maps[-1]}"
+                )
         if self.kept is not None:
             for name, tensors in (("tokens", self.kept.tokens), ("masks", self.kept.masks)):
                 got = [tuple(t.shape) for t in tensors]
                 if got != shapes:
                     raise ValueError(f"kept {name} have shapes {got}, wanted {shapes}")
+            if kinds := {tokens.dtype for tokens in self.kept.tokens} - WHOLE_NUMBERS:
+                raise ValueError(f"kept tokens are whole numbers, these are {', '.join(map(str, kinds))}")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,12 @@ class Job:
     @property
     def strip_path(self) -> Path:
         """Where the strip of its scales goes."""
-        return self.path.with_name(f"{self.path.stem}-scales.png")
+        return strip_path(self.path)
+
+
+def strip_path(path: Path) -> Path:
+    """Return where the strip of a picture's scales goes: beside it."""
+    return path.with_name(f"{path.stem}-scales.png")
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ def _plan_from_prompts(args: argparse.Namespace) -> SamplePlan:
     if args.out is not None and number > 1:
         raise ValueError(f"--out is for one picture, this makes {number}: use --folder")
     places = [(prompt, index) for prompt in prompts for index in range(args.count)]
-    paths = [_png(args.out)] if args.out is not None else _paths(args.folder or Path(), places, args.seed)
+    stems = [f"{_words_of(prompt)}-s{args.seed}-{index}" for prompt, index in places]
+    paths = [_png(args.out)] if args.out is not None else _free_paths(args.folder or Path(), stems)
     jobs = tuple(Job(p, i, path) for (p, i), path in zip(places, paths, strict=True))
     return SamplePlan(
         jobs,
@@ -114,7 +120,8 @@ def _plan_from_recipe(args: argparse.Namespace) -> SamplePlan:
     graphs = recipe.graphs and args.gpu_memory is None and device.type == "cuda"
     packed = recipe.packed and can_be_packed(getattr(torch, recipe.dtype), device)
     loaded = {"dtype": recipe.dtype, "eight_bit": recipe.eight_bit, "graphs": graphs, "packed": packed}
-    path = _png(args.out) if args.out else Path(args.folder or ".") / f"again-{args.recipe.name}"
+    stems = [f"again-{args.recipe.stem}"]
+    (path,) = [_png(args.out)] if args.out else _free_paths(Path(args.folder or "."), stems)
     return SamplePlan(
         (Job(recipe.prompt, recipe.index, path),),
         recipe.negative,
@@ -148,15 +155,18 @@ def _png(path: Path) -> Path:
     return path
 
 
-def _paths(folder: Path, places: Sequence[tuple[str, int]], seed: int) -> list[Path]:
-    """Return a free, readable name per picture; nothing that exists is overwritten."""
+def _words_of(prompt: str) -> str:
+    """Return a prompt as the beginning of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+
+
+def _free_paths(folder: Path, stems: Sequence[str]) -> list[Path]:
+    """Return a free name per picture, numbered where it must be; nothing that exists is overwritten."""
     taken: set[Path] = set()
     paths = []
-    for prompt, index in places:
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
-        stem = f"{words}-s{seed}-{index}"
+    for stem in stems:
         path, number = folder / f"{stem}.png", 2
-        while path in taken or path.exists():
+        while path in taken or path.exists() or strip_path(path).exists():
             path, number = folder / f"{stem}-{number}.png", number + 1
         taken.add(path)
         paths.append(path)

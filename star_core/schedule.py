@@ -135,6 +135,10 @@ class ScaleSchedule:
                 last = number
         return last
 
+    def asks_transformer(self, scale: int) -> bool:
+        """Whether any step of a refined scale draws from the transformer's logits."""
+        return self.strategy != "masked" and self.scales[scale].transformer_steps > 0
+
     def sampler_strength(self, scale: int) -> float:
         """Return the guidance of the causal sampler's logits at a scale."""
         return 0.0 if self.scales[scale].unguided else self.sampler_guidance

@@ -14,7 +14,7 @@ from typing import Literal
 from .config import TokenMap, square_maps
 from .presets import SCHEDULES, read_schedule
 from .schedule import ScalePolicy, ScaleSchedule, Strategy
-from .schedule_text import refuse_lines, scales_of
+from .schedule_text import only_word, refuse_lines, scales_of
 
 Part = Literal["drawing", "sampler"]
 
@@ -48,14 +48,13 @@ class SamplerPart:
 
 def check_part(text: str, part: Part) -> None:
     """Refuse a text that no model could read, before there is a model. Raises ScheduleError."""
-    words = text.split()
-    scales = scales_of(text) if len(words) > 1 else None
+    scales = scales_of(text) if only_word(text) is None else None
     read_part(text, part, square_maps(range(1, 1 + (scales or 2))))
 
 
 def read_part(text: str, part: Part, maps: Sequence[TokenMap]) -> ScaleSchedule:
     """Return the schedule of one form for a model's maps; lines of the other form are refused."""
-    if text.strip() not in SCHEDULES:
+    if only_word(text) not in SCHEDULES:
         refuse_lines(text, _ELSEWHERE[part])
     return read_schedule(text, maps)
 

@@ -139,6 +139,12 @@ def _count_of(word: _Word) -> int:
     return int(repeat.group(1)) if repeat else 1
 
 
+def only_word(text: str) -> str | None:
+    """Return the one word of a text that has no more, such as a preset's name, else None."""
+    words = [word for part in re.split(r"[;\n]", text) for word in part.split()]
+    return words[0] if len(words) == 1 else None
+
+
 def refuse_lines(text: str, elsewhere: Mapping[str, str]) -> None:
     """Raise ScheduleError at the first line whose quantity belongs elsewhere, with the reason given."""
     for line in _lines(text):

@@ -19,7 +19,7 @@ from .canvas import Canvas
 from .causal_sampler import CausalSampler
 from .checkpoint import load_networks, load_vqvae
 from .config import StarConfig, TokenMap, maps_for_size
-from .eight_bit import check_device
+from .eight_bit import check_eight_bit
 from .generate import generate
 from .graphs import Replays
 from .model_files import find_files
@@ -240,7 +240,11 @@ def _spans(
         return [(0, texts)]
     if texts:
         raise ValueError(f"prompts are all texts or all spans (start scale, texts), not both: {prompts!r:.120}")
-    return [(span[0], list(span[1])) for span in prompts if not isinstance(span, str)]
+    found = [(span[0], span[1]) for span in prompts if not isinstance(span, str)]
+    for start, spoken in found:
+        if isinstance(spoken, str):
+            raise ValueError(f"a span holds a sequence of texts: write ({start}, [prompt]) for one")
+    return [(start, list(spoken)) for start, spoken in found]
 
 
 def load(
@@ -262,7 +266,8 @@ def load(
     transformer file beside such files, or the shipped model (None).
 
     vqvae, text_encoder and tokenizer name files elsewhere. preset is needed only where the transformer's
-    file does not say what it is. dtype is that of weights and activations, text_dtype the text encoder's.
+    file does not say what it is. dtype is that of weights and activations, text_dtype the text encoder's;
+    codebook, phis and f_hat are float32 whatever it is.
     eight_bit keeps the weights of transformer and causal sampler in 8 bits, a fast mode that changes the
     picture: "int8" for any device, "fp8" for GPUs with FP8 products (Ada, Hopper and later; elsewhere it is
     slow, which is warned of).
@@ -282,6 +287,7 @@ def load(
             f" eight_bit {eight_bit}): leave it out, or them"
         )
     check_graphs(graphs, device)
+    check_eight_bit(eight_bit, device)
     _, words = find_text_files(files.text_encoder, None if tokenizer is None else Path(tokenizer))
     if packed:
         check_packing(dtype, device, eight_bit)
@@ -289,7 +295,6 @@ def load(
     config, networks = load_networks(
         files.star, preset_name=preset, dtype=dtype, device=place, eight_bit=eight_bit, packed=packed
     )
-    check_device(eight_bit, device)
     picture_network = load_vqvae(files.vqvae, config.vqvae, dtype=dtype, device=device)
     encoder = load_text_encoder(
         files.text_encoder,

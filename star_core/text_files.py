@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .key_tables import KeyTable
+from .model_files import TEXT_FOLDER, TEXT_WEIGHTS
 from .weights import TensorFile, read_pickle
 
 # transformers 5 keeps the tensors of CLIPTextModel without the `text_model.` prefix that 4.x and every
@@ -22,7 +23,10 @@ _PARTS = ("embeddings", "encoder", "final_layer_norm")
 TEXT_KEYS = KeyTable(
     pairs={f"{prefix}{part}.*": f"{part}.*" for prefix in ("", "text_model.") for part in _PARTS},
     dropped={
-        "*embeddings.position_ids": "0, 1, 2 ..., which the module counts itself",
+        **dict.fromkeys(
+            ("embeddings.position_ids", "*.embeddings.position_ids"),
+            "0, 1, 2 ..., which the module counts itself",
+        ),
         "text_projection*": "CLIP's joint space: eta is the state before the projection",
         "logit_scale": "CLIP's contrastive temperature",
         "vision_model.*": "CLIP's picture tower",
@@ -35,6 +39,7 @@ _ROWS = "embeddings.token_embedding.weight"
 # approximation, OpenCLIP's (SD 2.1's among them) the exact one.
 _ACTIVATIONS = {512: "quick_gelu", 768: "quick_gelu", 1024: "gelu", 1280: "gelu"}
 _HEAD_WIDTH = 64
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,8 +67,8 @@ def _weight_file(source: Path) -> Path:
         return source
     if not source.is_dir():
         raise ValueError(f"{source}: no such file or folder")
-    folder = source / "text_encoder" if (source / "text_encoder").is_dir() else source
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    folder = source / TEXT_FOLDER if (source / TEXT_FOLDER).is_dir() else source
+    for name in TEXT_WEIGHTS:
         if (folder / name).is_file():
             return folder / name
     others = sorted(folder.glob("*.safetensors"))
@@ -85,6 +90,16 @@ def find_text_files(source: Path, tokenizer: Path | None) -> tuple[Path, Path]:
     return weights, words
 
 
+def files_read(weights: Path, tokenizer: Path) -> list[Path]:
+    """Return all files that a text encoder is made of: its weights, and what is read beside them."""
+    read = [weights, _settings_file(weights), *(tokenizer / name for name in TOKENIZER_FILES)]
+    return [path for path in read if path.is_file()]
+
+
+def _settings_file(weights: Path) -> Path:
+    return weights.parent / "config.json"
+
+
 def _tokenizer_folder(source: Path, tokenizer: Path | None) -> Path:
     """Return the folder of vocab.json and merges.txt: the one given, or one in or beside `source`."""
     if tokenizer is not None:
@@ -96,13 +111,13 @@ def _tokenizer_folder(source: Path, tokenizer: Path | None) -> Path:
             return place
     raise ValueError(
         f"{source}: no tokenizer found (looked for vocab.json in {', '.join(map(str, places))})."
-        " Give the folder with vocab.json and merges.txt"
+        " Put the folder tokenizer/ with vocab.json and merges.txt there, or name its place (tokenizer)"
     )
 
 
 def check_tokenizer(folder: Path) -> None:
     """Raise ValueError where a tokenizer's files are not in its folder."""
-    for name in ("vocab.json", "merges.txt"):
+    for name in TOKENIZER_FILES:
         # Without any merges there would be a tokenizer, of single letters.
         if not (folder / name).is_file() or not (folder / name).stat().st_size:
             raise ValueError(
@@ -122,7 +137,7 @@ def read_text_tensors(path: Path) -> Mapping[str, Tensor]:
 
 def text_settings(weights: Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """Return the settings of the config.json beside the weights, else those that shapes tell."""
-    path = weights.parent / "config.json"
+    path = _settings_file(weights)
     if not path.is_file():
         return infer_settings(tensors, source=str(weights))
     try:

@@ -11,10 +11,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .config import TokenMap
 from .vqvae import VQVAE
 
 TILE = 32
 OVERLAP = 8
+
+
+def tile_of(token_map: TokenMap) -> TokenMap:
+    """Return how much of a token map is decoded at once: a tile, or all of a smaller map."""
+    height, width = token_map
+    return min(height, TILE), min(width, TILE)
 
 
 def decode_in_tiles(vqvae: VQVAE, f_hat: Tensor, *, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:

@@ -4,6 +4,9 @@ Rows of a batch are R = B conditional pictures, followed by their B unconditiona
 them. What the twins' cross-attention reads is decided by how many rows of text the caller hands over: B rows
 (`paired`) make a twin share its conditional row's cross-attention, R rows (`independent`) give each its own.
 The official code instead adds batch row 0's cross-attention to every row; at batch 1 that equals `paired`.
+
+Below float32 the sums between blocks (the residual stream) are in the weights' dtype; under the official code's
+autocast they stay in float32. What that costs is measured in NOTES.md.
 """
 
 from __future__ import annotations
@@ -257,8 +260,3 @@ class Transformer(nn.Module):
             for block in self._text_blocks():
                 block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
                 block.ffn.contract.weight.div_(math.sqrt(2 * self.config.depth))
-
-
-def longest_cache(maps: Sequence[TokenMap]) -> int:
-    """Return how many tokens a cache must hold: all scales but the last."""
-    return token_count(maps) - token_count(maps[-1:])

@@ -90,6 +90,8 @@ def read_pickle(path: Path) -> Any:
         raise ValueError(f"{path}: no such file")
     with path.open("rb") as file:
         start = file.read(4)
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: this is a safetensors file, and wanted is a .pth, .pt or .bin of PyTorch's")
     # Files from before PyTorch 1.6 are no zip archives and cannot be memory-mapped.
     mapped = start == ZIP_START
     if not mapped and start[:1] != PICKLE_START:
@@ -195,8 +197,10 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 
 
 def _dtype_of(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """Return what to store a parameter in: log scales stay float32, they are exponentiated."""
-    return torch.float32 if name.endswith("log_scale") else dtype or tensor.dtype
+    """Return what to store a parameter in: log scales stay float32, since they are exponentiated, and so do
+    codebook and phis, in whose float32 a picture's tokens are found and f_hat adds up (`quantizer`)."""
+    exact = name.endswith("log_scale") or name.startswith("quantizer.")
+    return torch.float32 if exact else dtype or tensor.dtype
 
 
 def _key_complaint(missing: list[str], surplus: list[str]) -> str:

@@ -98,6 +98,11 @@ def test_the_trained_size_is_not_warned_of(sample, tmp_path, caplog):
     assert not caplog.records
 
 
+def test_a_span_of_one_bare_text_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"write \(0, \[prompt\]\) for one"):
+        load(checkpoint).request([(0, "a red apple")])
+
+
 def test_texts_and_spans_do_not_mix(checkpoint):
     with pytest.raises(ValueError, match="all texts or all spans"):
         load(checkpoint).draw([(0, ["a"]), "b"])

@@ -54,6 +54,18 @@ def test_beside_a_recipe_one_still_chooses_how_it_is_computed_and_where_it_goes(
     assert read_recipe(tmp_path / "folder" / "again-drawn.png").seed == RECIPE.seed
 
 
+def test_nothing_that_exists_is_overwritten_unasked(sample, drawn, tmp_path):
+    renamed, folder = tmp_path / "drawn.jpg", tmp_path / "folder"
+    renamed.write_bytes(drawn.read_bytes())
+    for _ in range(2):
+        assert sample("--recipe", renamed, "--folder", folder)[0] == 0
+    assert {path.name for path in folder.iterdir()} == {"again-drawn.png", "again-drawn-2.png"}
+    (folder / "sun-s0-0-scales.png").write_bytes(b"an earlier strip")
+    assert sample("sun", "--strip", "--folder", folder)[0] == 0
+    assert (folder / "sun-s0-0-scales.png").read_bytes() == b"an earlier strip"
+    assert (folder / "sun-s0-0-2-scales.png").exists()
+
+
 def test_a_recipe_s_picture_has_one_place(sample, drawn, tmp_path):
     code, _, error = sample("--recipe", drawn, "--out", tmp_path / "a.png", "--folder", tmp_path)
     assert code == 2

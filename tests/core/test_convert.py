@@ -85,7 +85,8 @@ def saved(content: Any, folder: Path, name: str = "official.pth") -> Path:
 
 
 def rounded(name: str, tensor: Tensor) -> Tensor:
-    return tensor if name.endswith("scale_mul_1H11") else tensor.half()
+    exact = name.endswith("scale_mul_1H11") or name.startswith("quantize.")
+    return tensor if exact else tensor.half()
 
 
 def assert_same(path: Path, expected: dict[str, Tensor]) -> None:
@@ -113,7 +114,7 @@ def test_every_part_that_is_found_is_written_in_half_precision(
     kept = {n: rounded(n, t) for n, t in transformer.items() if not STAR_KEYS.reason_dropped(n)}
     assert len(kept) == len(transformer) - 2
     assert_same(written[0].path, kept)
-    assert_same(written[1].path, {n: t.half() for n, t in vqvae.items() if "ema_vocab" not in n})
+    assert_same(written[1].path, {n: rounded(n, t) for n, t in vqvae.items() if "ema_vocab" not in n})
     floats = {n: t.half() for n, t in text_encoder.items() if t.is_floating_point()}
     assert_same(written[2].path, {n.removeprefix("text_encoder."): t for n, t in floats.items()})
     assert [w.tensors for w in written] == [len(TensorFile(w.path)) for w in written]
@@ -130,7 +131,9 @@ def test_what_was_written_loads_and_says_what_it_is(
     assert torch.equal(networks.transformer.head.weight, transformer["head_logits.weight"].half().float())
     loaded = load_vqvae(tmp_path / "vqvae.safetensors")
     assert loaded.config == VQVAEConfig(base_channels=32, codebook_size=96)
-    assert torch.equal(loaded.quantizer.codebook.weight, vqvae["quantize.embedding.weight"].half().float())
+    # Tokens are the nearest codes: rounded ones would be another codebook.
+    assert torch.equal(loaded.quantizer.codebook.weight, vqvae["quantize.embedding.weight"])
+    assert torch.equal(loaded.quant_conv.weight, vqvae["quant_conv.weight"].half().float())
 
 
 def test_the_text_encoders_names_are_those_that_the_text_loader_knows(
@@ -179,7 +182,11 @@ def test_tied_and_empty_tensors_are_written_too(
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
 def test_another_dtype_can_be_asked_for(dtype: torch.dtype | None, vqvae: dict[str, Tensor], tmp_path: Path):
     convert(saved(vqvae, tmp_path), tmp_path, dtype=dtype)
-    expected = {n: t.to(dtype or t.dtype) for n, t in vqvae.items() if "ema_vocab" not in n}
+    expected = {
+        n: t if n.startswith("quantize.") else t.to(dtype or t.dtype)
+        for n, t in vqvae.items()
+        if "ema_vocab" not in n
+    }
     assert_same(tmp_path / "vqvae.safetensors", expected)
 
 
@@ -257,7 +264,7 @@ def test_shapes_that_contradict_the_preset_are_refused(tmp_path: Path):
 
 def test_scales_that_no_released_model_has_are_refused(tmp_path: Path):
     path = saved(checkpoint(flat("var_d16_256"), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)), tmp_path)
-    with refused(path, "give --preset", "none that is released"):
+    with refused(path, "no released one has its sizes", "depth 16", "scales are 1 2 3 4 5 6 7 8 9 10"):
         convert(path, tmp_path)
 
 
@@ -272,7 +279,16 @@ def test_scales_that_no_released_model_has_are_refused(tmp_path: Path):
         ({"trainer": {"var_wo_ddp": 3}}, "its transformer is a int, not a state dict"),
         (
             {"trainer": {"vae_local": {"encoder.conv_in.bias": torch.zeros(2)}}},
-            r"VQ-VAE has no .*encoder\.conv_in",
+            "its VQ-VAE is to have encoder.conv_in.weight and .*has none of them",
+        ),
+        (
+            {
+                "vae_local": {
+                    "encoder.conv_in.weight": torch.zeros(9, 3, 3, 3),
+                    "quantize.embedding.weight": torch.zeros(9),
+                }
+            },
+            r"and has .*, quantize\.embedding\.weight \[9\]",
         ),
     ],
 )

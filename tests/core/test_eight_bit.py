@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from star_core import eight_bit, pictures
-from star_core.eight_bit import FORMATS, check_device, quantize_linears
+from star_core import eight_bit, pictures, star
+from star_core.eight_bit import FORMATS, check_eight_bit, quantize_linears
 from star_core.request import Options
 from star_core.star import load
 
@@ -67,9 +67,12 @@ def test_nobody_gets_8_bits_unasked(name: str):
     assert 0 < (exact - rough).abs().mean() < 0.2
 
 
-def test_a_format_that_is_none_is_refused_with_those_that_are():
+def test_a_format_that_cannot_be_had_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(star, "load_networks", lambda *args, **options: pytest.fail("gigabytes were read"))
     with pytest.raises(ValueError, match="int8 or fp8, not 'int4'"):
         load(eight_bit="int4")
+    with pytest.raises(ValueError, match="choose int8 or bfloat16"):
+        load(eight_bit="fp8", device="mps")
 
 
 def test_the_formats_are_those_of_a_recipe():
@@ -89,11 +92,11 @@ def test_fp8_without_products_is_warned_of_once_and_nothing_else_is(
     assert "slow on cpu" in warned[0]
     caplog.clear()
     monkeypatch.setattr(eight_bit, "has_products", lambda device: True)
-    check_device("fp8", torch.device("cpu"))
+    check_eight_bit("fp8", torch.device("cpu"))
     assert not caplog.records
 
 
 def test_fp8_is_refused_where_no_tensor_can_hold_it():
     with pytest.raises(ValueError, match="choose int8 or bfloat16"):
-        check_device("fp8", torch.device("mps"))
-    check_device("int8", torch.device("mps"))
+        check_eight_bit("fp8", torch.device("mps"))
+    check_eight_bit("int8", torch.device("mps"))

@@ -17,6 +17,7 @@ from torch import Tensor
 import star_core.causal_sampler as causal_sampler_module
 import star_core.generate as generate_module
 from star_core.attention import LayerCache
+from star_core.canvas import Canvas
 from star_core.causal_sampler import sampler_logits
 from star_core.config import maps_for_size, token_count
 from star_core.generate import generate
@@ -743,6 +744,45 @@ def test_in_float16_texts_of_unequal_length_are_drawn_as_in_float32(model: objec
     assert min(equal) > 0.6
 
 
+def test_a_run_holds_keys_of_what_it_draws_alone(model: object, ask: Callable):
+    def capacity(stays: bool = False, **fields: object) -> int:
+        request = ask([1], ScaleSchedule((ScalePolicy(top_k=9), *(ScalePolicy(top_k=9, **fields),) * 3)))
+        request = dataclasses.replace(request, stop=stop)
+        canvas = Canvas(model.transformer, request, request.schedule, CPU, stays=stays)
+        assert canvas.cache.layers[0].keys.shape[2] == canvas.cached[(stop or SCALES) - 1] or stays
+        return int(canvas.cache.layers[0].keys.shape[2])
+
+    stop = None
+    assert capacity() == 1 + 6 + 12
+    assert capacity(prune=0.5) == 1 + 3 + 6
+    stop = 2
+    assert capacity() == 1
+    assert capacity(stays=True) == 1 + 6 + 12
+    stop = 1
+    assert capacity() == 0
+    assert len(model.run(dataclasses.replace(ask([1], ScaleSchedule((ScalePolicy(),) * SCALES)), stop=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "by_transformer", "asked"), [("masked", 2, 0), ("official", 0, 0), ("confidence", 2, 1)]
+)
+def test_the_transformer_is_asked_for_logits_only_where_a_step_draws_from_them(
+    model: object,
+    ask: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    by_transformer: int,
+    asked: int,
+):
+    policy = ScalePolicy(top_k=9, guidance=1.0, steps=3, transformer_steps=by_transformer)
+    schedule = ScaleSchedule((ScalePolicy(top_k=9),) * 3 + (policy,), strategy=strategy)
+    seen: list[int] = []
+    whole = model.transformer.logits
+    monkeypatch.setattr(model.transformer, "logits", lambda x: seen.append(x.shape[1]) or whole(x))
+    model.run(ask([1], schedule))
+    assert seen.count(24) == asked
+
+
 # What the schedule cannot mean.
 
 
@@ -786,6 +826,8 @@ def test_requests_that_contradict_themselves_are_refused(
     full = paired.run(request)
     late, outside = dataclasses.replace(span, start=1), dataclasses.replace(span, start=4)
     kept = KeptTokens(tokens(paired.maps, 2, 0), tuple(t > 0 for t in tokens(paired.maps, 2, 0)))
+    wider = dataclasses.replace(full[0], f_hat=torch.zeros(2, 8, 4, 8))
+    single = dataclasses.replace(full[0], f_hat=torch.zeros(1, 8, 4, 6))
     cases: list[tuple[dict, str]] = [
         ({"prompts": ()}, "prompt spans start at rising scales"),
         ({"prompts": (late,)}, r"the first at 0, got \[1\]"),
@@ -800,10 +842,26 @@ def test_requests_that_contradict_themselves_are_refused(
         ({"prompts": (PromptSpan(texts(1, 2), texts(9)),)}, "1 texts for 2 pictures"),
         ({"kept": dataclasses.replace(kept, tokens=kept.tokens[:3])}, "kept tokens have shapes"),
         ({"kept": dataclasses.replace(kept, masks=kept.masks[::-1])}, "kept masks have shapes"),
+        ({"kept": dataclasses.replace(kept, tokens=kept.masks)}, "whole numbers, these are torch.bool"),
+        ({"prefix": (wider,)}, r"another size: f_hat \(2, 8, 4, 8\), wanted 2 of \(4, 6\)"),
+        ({"prefix": (single,)}, r"another size: f_hat \(1, 8, 4, 6\), wanted 2 of \(4, 6\)"),
     ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(request, **changes)
+
+
+@pytest.mark.parametrize("token", [-1, 64])
+def test_kept_tokens_of_another_codebook_are_refused_before_anything_is_drawn(
+    ask: Callable, paired: object, make_schedule: Callable, token: int
+):
+    request = ask([1], make_schedule("plain"))
+    tokens = [step.tokens.clone() for step in paired.run(request)]
+    tokens[2][0, 5] = token
+    kept = KeptTokens(tuple(tokens), tuple(torch.ones_like(t).bool() for t in tokens))
+    steps = generate(paired.transformer, None, paired.quantizer, dataclasses.replace(request, kept=kept), CPU)
+    with pytest.raises(ValueError, match=rf"scale 3 are .*{token}.*, this model's codebook has 64"):
+        next(steps)
 
 
 def test_a_turned_map_of_as_many_tokens_is_no_prefix(ask: Callable, paired: object, make_schedule: Callable):

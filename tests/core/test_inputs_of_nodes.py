@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from star_core.config import square_maps
+from star_core.config import square_maps, token_count
 from star_core.inpainting import keep_outside
 from star_core.memory import decoding_bytes, drawing_bytes
 from star_core.presets import SCHEDULES, named_schedule, read_schedule
@@ -17,7 +17,6 @@ from star_core.schedule import nearest_scale
 from star_core.schedule_parts import SamplerPart, assemble, check_part, part_text, read_part
 from star_core.schedule_text import ScheduleError, parse_schedule, scales_of
 from star_core.tiles import decode_in_tiles
-from star_core.transformer import longest_cache
 
 MAPS_6 = square_maps((1, 2, 3, 4, 6, 8))
 MAPS_10 = square_maps((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
@@ -193,7 +192,7 @@ def test_one_tile_is_the_whole_picture_and_several_come_near_it(paired):
 def test_room_for_drawing_holds_the_cache_and_grows_with_what_is_drawn(paired):
     config, maps = paired.config.transformer, paired.maps
     room = drawing_bytes(config, maps, 2, guided=True, itemsize=4)
-    cache = paired.transformer.new_cache(4, longest_cache(maps), torch.device("cpu"))
+    cache = paired.transformer.new_cache(4, token_count(maps[:-1]), torch.device("cpu"))
     exact = sum(t.numel() * 4 for layer in cache.layers for t in (layer.keys, layer.values))
     assert room > exact
     assert room == 2 * drawing_bytes(config, maps, 2, guided=False, itemsize=4)

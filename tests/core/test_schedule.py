@@ -297,6 +297,21 @@ def test_every_released_checkpoint_has_a_schedule_that_fits_it():
         schedule.fit(config.maps, 4096, has_sampler=config.transformer.has_sampler)
 
 
+def test_the_256_px_sampler_refines_the_scale_that_its_training_refined():
+    config = PRESETS["star-256-d30-sampler"]
+    schedule = read_schedule(config.schedule, config.maps)
+    assert [p.steps for p in schedule.scales] == [0] * 9 + [8]
+    assert [p.transformer_steps for p in schedule.scales] == [0] * 9 + [5]
+    assert [p.random_steps for p in schedule.scales] == [0] * 9 + [5]
+    assert [p.guidance for p in schedule.scales] == ramp(4, 10)
+    assert (schedule.strategy, schedule.sampler_guidance) == ("official", 4)
+
+
+@pytest.mark.parametrize("text", ["smooth;", ";smooth", " smooth ;\n", "smooth\n;"])
+def test_a_separator_beside_a_preset_s_name_is_none_of_it(text: str):
+    assert read_schedule(text, MAPS_6) == named_schedule("smooth", MAPS_6)
+
+
 def test_an_unknown_preset_is_refused_with_the_list():
     with pytest.raises(ScheduleError, match="'topk' is neither a preset .*top-k.* nor a schedule text"):
         read_schedule("topk", MAPS_6)

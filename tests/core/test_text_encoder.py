@@ -168,6 +168,9 @@ def test_known_extras_are_left_out(tmp_path, tokenizer, encoder):
     tensors = random_tensors(SETTINGS) | extras
     other = load_text_encoder(write_folder(tmp_path / "extras", tokenizer, tensors=tensors))
     assert equal(encoder.encode(PROMPTS), other.encode(PROMPTS))
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    other = load_text_encoder(write_folder(tmp_path / "bare extras", tokenizer, tensors=bare))
+    assert equal(encoder.encode(PROMPTS), other.encode(PROMPTS))
 
 
 def test_a_folder_as_transformers_writes_it_loads(tmp_path, tokenizer, encoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -123,6 +124,12 @@ def test_overrides_change_what_no_file_says(tmp_path: Path):
     file = TensorFile(hollow_file(tmp_path / "bare.safetensors", RELEASED["var_d30_256"]))
     config = resolve_config(file, "star-256-d30", {"rope_theta": 100.0, "rope_extent": 32.0})
     assert (config.transformer.rope_theta, config.transformer.rope_extent) == (100.0, 32.0)
+
+
+def test_overrides_without_a_preset_are_refused(tmp_path: Path):
+    file = TensorFile(hollow_file(tmp_path / "bare.safetensors", RELEASED["var_d30_1024"]))
+    with pytest.raises(ValueError, match="rope_theta overrides a preset, and none is named"):
+        resolve_config(file, None, {"rope_theta": 100.0})
 
 
 # A small checkpoint and its files
@@ -252,6 +259,13 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path):
         load_networks(tmp_path / "nowhere.safetensors")
 
 
+def test_the_quantizer_stays_in_float32_whatever_the_vqvae_is_in(files: Path, paired: Any):
+    vqvae = load_vqvae(files / "vqvae.safetensors", dtype=torch.bfloat16)
+    assert vqvae.decoder.conv_in.weight.dtype == torch.bfloat16
+    for name, tensor in vqvae.quantizer.state_dict().items():
+        assert torch.equal(tensor, paired.quantizer.state_dict()[name])
+
+
 def test_a_vqvae_given_as_transformer_is_refused(files: Path):
     path = files / "vqvae.safetensors"
     with refused(path, "not a STAR transformer", "word_embed", "own"):
@@ -320,6 +334,31 @@ def test_the_256_px_configuration_with_a_sampler_is_found_by_its_shapes(tmp_path
         load_networks(path)
     config = resolve_config(TensorFile(path), "star-256-d30-sampler")
     assert (config.transformer.rope_theta, config.transformer.rope_extent) == (100, 32)
+
+
+def test_sizes_that_no_released_model_has_are_told_and_no_preset_is_proposed(rewrite: Callable[..., Path]):
+    with pytest.raises(
+        ValueError, match="no released one has its sizes .depth 2, width 64.*save_networks"
+    ) as said:
+        load_networks(rewrite("star.safetensors", metadata={}))
+    assert "preset" not in str(said.value)
+
+
+def test_metadata_that_the_tensors_contradict_is_what_is_blamed(rewrite: Callable[..., Path], paired: Any):
+    deeper = dataclasses.replace(paired.config.transformer, depth=3)
+    stored = dataclasses.replace(paired.config, transformer=deeper).to_json()
+    path = rewrite("star.safetensors", metadata={"star": stored})
+    with refused(path, "depth is 2 in the file and 3 in its metadata"):
+        load_networks(path)
+
+
+def test_a_tensor_of_another_shape_is_named_with_it(rewrite: Callable[..., Path]):
+    def flatten(tensors: dict[str, Tensor]) -> None:
+        tensors["word_embed.weight"] = tensors["word_embed.weight"].flatten()
+
+    path = rewrite("star.safetensors", flatten)
+    with refused(path, r"word_embed\.weight \[512\]"):
+        load_networks(path)
 
 
 def test_a_preset_that_the_metadata_contradicts_is_refused(tmp_path: Path):
@@ -453,6 +492,11 @@ def test_a_web_page_or_a_pointer_given_as_pickle_is_refused(content: bytes, tmp_
     path.write_bytes(content)
     with refused(path, "not a whole PyTorch file", "Download it again"):
         read_pickle(path)
+
+
+def test_safetensors_given_as_pickle_are_called_what_they_are(files: Path):
+    with refused(files / "star.safetensors", "this is a safetensors file"):
+        read_pickle(files / "star.safetensors")
 
 
 def test_an_old_style_pickle_is_read(tmp_path: Path):
