@@ -83,9 +83,12 @@ def images(
     node_id: str | None = None,
 ) -> Tensor:
     """Return f_hat (B, D, h, w) of some tokens as IMAGE, by the largest pieces that fit into memory."""
+    from ..star_core.tiles import tile_of
+
     if tokens.vqvae != vqvae.config:
         raise ValueError("the tokens belong to another VQ-VAE: use the vqvae of the Load STAR they come from")
-    device, together = host.load_for_pictures(vqvae.patcher, picture_bytes(vqvae, tokens.maps[-1]), len(f_hat))
+    piece = tile_of(tokens.maps[-1]) if tiled else tokens.maps[-1]
+    device, together = host.load_for_pictures(vqvae.patcher, picture_bytes(vqvae, piece), len(f_hat))
     network = vqvae.patcher.model
     ways: list[tuple[str, Callable[..., Tensor]]] = [("in tiles", _by_tiles)]
     if not tiled:
@@ -97,7 +100,7 @@ def images(
             if decoded is not None:
                 return decoded
             warning = f"out of memory decoding {name}: trying {following}"
-            log.warning("VQ Decode: %s", warning)
+            log.warning("decoding tokens: %s", warning)
             host.say(node_id, f"⚠ {warning}")
             host.empty_cache()
     raise AssertionError("the last way either decodes or raises")

@@ -55,6 +55,7 @@ def draw(
         # good in any case: after Cancel or a full memory the next run goes on from them.
         run.close()
         last.request, last.steps = request, tuple(steps)
+        model.runs.make_room()
     return tuple(steps)
 
 
@@ -72,11 +73,8 @@ def _show(
 
 def _tell(progress: host.Progress, step: ScaleStep, previews: _Previews) -> None:
     """Say that a scale is there, and show it where that is wanted."""
-    from ..star_core.schedule import sides_text
-
-    side = sides_text([step.token_map])
-    square = side if "x" in side else f"{side}x{side}"
-    text = f"scale {step.scale + 1}/{progress.total} · {square}"
+    height, width = step.token_map
+    text = f"scale {step.scale + 1}/{progress.total} · {width}x{height}"
     progress.advance(step.scale + 1, text, previews.picture(step))
 
 

@@ -49,7 +49,7 @@ class StarLabelledGrid(io.ComfyNode):
                     default="",
                     tooltip=(
                         "One line per picture, in order. Missing lines leave a picture without a label; more"
-                        " lines than pictures are refused. Long labels are broken between words."
+                        " lines than pictures are refused. Long labels are broken into lines."
                     ),
                 ),
                 io.Int.Input(
@@ -113,23 +113,25 @@ def _font(text: str, size: int) -> object:
 
 
 def _broken(label: str, font: object, width: int) -> list[str]:
-    """Return a label as lines that fit a width, broken between words; a long word is cut with an ellipsis."""
+    """Return a label as lines that fit a width, broken between words, and within a word that is wider."""
     lines: list[str] = []
     for word in label.split():
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and _length(longer, font) <= width:
             lines[-1] = longer
         else:
-            lines.append(_cut(word, font, width))
+            lines += _pieces(word, font, width)
     return lines
 
 
-def _cut(word: str, font: object, width: int) -> str:
-    if _length(word, font) <= width:
-        return word
-    while len(word) > 1 and _length(f"{word}…", font) > width:
-        word = word[:-1]
-    return f"{word}…"
+def _pieces(word: str, font: object, width: int) -> list[str]:
+    """Return a word in pieces that fit a width, of one letter at least: Chinese is written without spaces."""
+    pieces = [""]
+    for letter in word:
+        if pieces[-1] and _length(pieces[-1] + letter, font) > width:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces
 
 
 def _length(text: str, font: object) -> float:

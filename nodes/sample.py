@@ -44,8 +44,9 @@ class StarSample(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
                     tooltip=(
-                        "Decides all randomness. Picture i of a batch depends on the seed and i alone, not on"
-                        " the size of the batch, and each scale has its own numbers."
+                        "Decides all randomness; each scale has its own numbers. In float32 picture i of a"
+                        " batch depends on the seed and i alone, not on its size; in other precisions another"
+                        " size may change a token here and there."
                     ),
                 ),
                 io.Int.Input(

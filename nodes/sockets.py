@@ -49,8 +49,15 @@ class LastRun:
     request: Request | None = None
     steps: tuple[ScaleStep, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """How many bytes its scales take."""
+        return sum(step.tokens.nbytes + step.f_hat.nbytes for step in self.steps)
+
 
 NODES_REMEMBERED = 16
+BYTES_REMEMBERED = 512 * 2**20
+"""Of all nodes together: a picture of 1024 px takes 7 MB, so that some seventy pictures are remembered."""
 
 
 @dataclass
@@ -66,6 +73,11 @@ class LastRuns:
         if len(self.by_node) > NODES_REMEMBERED:
             del self.by_node[next(iter(self.by_node))]
         return last
+
+    def make_room(self) -> None:
+        """Forget the runs of longest ago, as many as it takes; the latest one is kept whatever its size."""
+        while len(self.by_node) > 1 and sum(run.size for run in self.by_node.values()) > BYTES_REMEMBERED:
+            del self.by_node[next(iter(self.by_node))]
 
 
 @dataclass(frozen=True)

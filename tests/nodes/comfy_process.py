@@ -208,12 +208,11 @@ class Faults:
             raise RuntimeError("made up")
 
     def _at_decoding(self, f_hat, sliced=False):
-        if self.wanted.get("only_in_strips") and not sliced:
-            raise torch.cuda.OutOfMemoryError("made up")
-        if f_hat.shape[0] > self.wanted.get("largest_batch", 1 << 30):
-            raise torch.cuda.OutOfMemoryError("made up")
-        if f_hat.shape[-1] > self.wanted.get("largest_side", 1 << 30):
-            raise torch.cuda.OutOfMemoryError("made up")
+        full = self.wanted.get("only_in_strips") and not sliced
+        full = full or f_hat.shape[0] > self.wanted.get("largest_batch", 1 << 30)
+        if full or f_hat.shape[-1] > self.wanted.get("largest_side", 1 << 30):
+            words = self.wanted.get("out_of_memory_in_words")
+            raise RuntimeError(words) if words else torch.cuda.OutOfMemoryError("made up")
 
 
 FAULTS = Faults()
@@ -269,6 +268,17 @@ comfy.utils.set_progress_bar_global_hook(preview_hook)
 
 
 get_free_memory = mm.get_free_memory
+load_models_gpu = mm.load_models_gpu
+ROOM: list[int] = []
+
+
+def load_models(patchers, *a, memory_required=0, **k):
+    """Load as ComfyUI does, and note how much room is asked for."""
+    ROOM.append(memory_required)
+    return load_models_gpu(patchers, *a, memory_required=memory_required, **k)
+
+
+mm.load_models_gpu = load_models
 
 
 def run(request):
@@ -278,6 +288,8 @@ def run(request):
     SERVER.previews.clear()
     FAULTS.wanted = request.get("faults", {})
     FAULTS.count = dict.fromkeys(FAULTS.count, 0)
+    ROOM.clear()
+    part("nodes.sockets").BYTES_REMEMBERED = FAULTS.wanted.get("bytes_remembered", 1 << 29)
     part("star_core.slices").STRIP["cpu"] = FAULTS.wanted.get("strip", 1 << 21)
     mm.get_free_memory = lambda *a, **k: FAULTS.wanted.get("free_memory") or get_free_memory(*a, **k)
     args.preview_method = LatentPreviewMethod(request.get("preview_method", "none"))
@@ -300,6 +312,7 @@ def run(request):
         "error_type": error.get("exception_type", ""),
         "seen": {node: describe(value, node) for node, value in SEEN.items()},
         "count": dict(FAULTS.count),
+        "room": list(ROOM),
         "texts": list(SERVER.texts),
         "previews": list(SERVER.previews),
         "hooks": hooks() if request.get("inspect") else None,

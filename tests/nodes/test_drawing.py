@@ -206,6 +206,17 @@ def test_a_grid_lays_pictures_out_with_a_label_under_each(comfy, empty_prompt):
     assert (bare[0].sum(-1) < 0.5).sum() == 0, "there is text without a label"
 
 
+def test_a_label_without_spaces_goes_on_in_the_next_line(comfy, empty_prompt):
+    white = np.ones((1, 64, 64, 3))
+    graph = empty_prompt().add("image", "TestSource", path=comfy.array(white, "one white"))
+    graph.add("grid", "StarLabelledGrid", images=["image", 0], labels="m" * 40, columns=1)
+    grid = comfy.run(graph.probe("grid")).array()
+    dark = grid[0, 72:].sum(-1).min(axis=1) < 1.5
+    lines = int(np.sum(dark[1:] & ~dark[:-1]))
+    assert lines >= 4, "as many lines as forty letters take"
+    assert grid[0, :, 72:].min() > 0.9, "none reaches beyond its picture"
+
+
 def test_labels_of_any_script_are_drawn(comfy, empty_prompt):
     white = np.ones((2, 64, 64, 3))
     graph = empty_prompt().add("image", "TestSource", path=comfy.array(white, "white"))

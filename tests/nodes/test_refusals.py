@@ -194,12 +194,21 @@ def test_a_prompt_of_another_model_s_encoder_is_refused(comfy, prompt):
     refused(comfy.run(graph.change("sample", negative=["no", 0])), "negative", "width 128", "have 64")
 
 
-@pytest.mark.parametrize("part", ["vqvae.safetensors", "text_encoder"])
-def test_a_checkpoint_alone_says_what_is_missing_beside_it(comfy, prompt, models, part):
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("vqvae.safetensors", "no VQ-VAE there"),
+        ("text_encoder", "no text encoder there"),
+        ("tokenizer", "no tokenizer found"),
+    ],
+)
+def test_a_checkpoint_alone_says_what_is_missing_beside_it(comfy, prompt, models, part, told):
     place = models / f"alone-{part}"
     shutil.copytree(models / "tiny", place)
     shutil.rmtree(place / part) if (place / part).is_dir() else (place / part).unlink()
-    refused(comfy.run(prompt().change("load", checkpoint=f"{place.name}/star.safetensors")), str(place))
+    ran = comfy.run(prompt().change("load", checkpoint=f"{place.name}/star.safetensors"))
+    refused(ran, str(place), told)
+    assert "--" not in ran.complaint, "an option of the command line"
 
 
 def test_a_mask_or_a_start_scale_without_start_tokens_is_refused(comfy, prompt):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 SCALES, DEPTH = 6, 2
@@ -106,12 +108,45 @@ def test_each_node_goes_on_from_its_own_last_run(comfy, prompt):
     assert comfy.run(graph.change("schedule", schedule="top_k 20*5 3")).count["drawn"] == 2
 
 
+def test_the_runs_of_longest_ago_are_forgotten_where_they_take_too_much(comfy, prompt):
+    graph = prompt(seed=445).add("schedule", "StarScaleSchedule", schedule="top_k 20*6")
+    graph = graph.change("sample", schedule=["schedule", 0])
+    graph.add("other", "StarSample", model=["load", 0], positive=["text", 0], schedule=["schedule", 0])
+    graph = graph.change("other", seed=446).probe("other", name="second")
+    few = {"bytes_remembered": 1}
+    assert comfy.run(graph, faults=few).count["drawn"] == 2 * SCALES
+    # The latest one is kept whatever it takes.
+    again = comfy.run(graph.change("schedule", schedule="top_k 20*5 3"), faults=few)
+    assert again.count["drawn"] in (SCALES + 1, 2 * SCALES), "the other one's last run was still there"
+
+
 def test_a_checkpoint_chosen_over_a_link_is_loaded_once(comfy, prompt):
     graph = prompt(seed=450).add("name", "TestText", text="tiny/star.safetensors")
     graph = graph.change("load", checkpoint=["name", 0])
     assert comfy.run(graph).count["drawn"] == SCALES
     assert comfy.run(graph).count["drawn"] == 0
     assert comfy.run(graph.change("name", text="plain/star.safetensors")).count["drawn"] == SCALES
+
+
+@pytest.mark.parametrize(
+    ("file", "again"),
+    [
+        ("text_encoder/config.json", True),
+        ("tokenizer/vocab.json", True),
+        ("tokenizer/merges.txt", True),
+        ("another.safetensors", False),
+    ],
+)
+def test_what_a_model_is_made_of_is_read_again_when_it_changes_and_nothing_else(
+    comfy, prompt, models, file, again
+):
+    place = models / f"changing-{file.replace('/', '-')}"
+    shutil.copytree(models / "tiny", place)
+    graph = prompt(seed=455).change("load", checkpoint=f"{place.name}/star.safetensors")
+    assert comfy.run(graph).count["drawn"] == SCALES
+    content = (place / file).read_bytes() if (place / file).exists() else b""
+    (place / file).write_bytes(content + b"\n")
+    assert comfy.run(graph).count["drawn"] == (SCALES if again else 0)
 
 
 def test_previews_asked_for_later_show_what_is_drawn_already(comfy, prompt):
@@ -147,6 +182,23 @@ def test_decoding_falls_back_to_smaller_pieces_with_a_warning(comfy, prompt):
     ran = comfy.run(graph, faults={"largest_batch": 1})
     assert abs(ran.array("image") - whole).max() < 1e-4
     assert ["decode", "⚠ out of memory decoding whole: trying one by one"] in ran.texts
+
+
+def test_memory_that_is_full_in_words_alone_is_full(comfy, prompt):
+    graph = prompt(seed=507, batch_size=2)
+    graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0]).probe("decode", name="image")
+    said = "MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)"
+    ran = comfy.run(graph, faults={"largest_batch": 1, "out_of_memory_in_words": said})
+    assert ran.ok
+    assert ["decode", "⚠ out of memory decoding whole: trying one by one"] in ran.texts
+
+
+def test_tiles_ask_for_the_room_of_a_tile(comfy, prompt):
+    graph = prompt(seed=508, width=704, height=88, batch_size=1)
+    graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0]).probe("decode", name="image")
+    whole = comfy.run(graph).reply["room"][-1]
+    tiled = comfy.run(graph.change("decode", tiled=True)).reply["room"][-1]
+    assert 0 < tiled < whole
 
 
 def test_as_many_pictures_are_decoded_and_encoded_together_as_fit(comfy, prompt):

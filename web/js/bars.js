@@ -169,13 +169,15 @@ export class BarRow {
     if (slider.querySelector("input")) return;
     const shown = shownValue(this.name, this.values[scale]);
     const field = element("input", "star-typed", { "aria-label": slider.getAttribute("aria-label") });
-    field.value = first ?? (shown === "off" ? "0" : shown);
+    const offered = shown === "off" ? "0" : shown;
+    field.value = first ?? offered;
     const close = (keep) => {
       if (!field.isConnected || field.closing) return;
       field.closing = true;
       const value = typedValue(this.name, field.value);
       field.remove();
-      if (!keep || value === null) return;
+      // What is shown is rounded: a field that is left as it was must not round the value.
+      if (!keep || value === null || field.value === offered) return;
       this.begin();
       this.put(scale, value);
       this.finish();

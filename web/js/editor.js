@@ -4,7 +4,7 @@
 import { BarRow, element } from "./bars.js";
 import { isRare, isShown } from "./quantities.js";
 import { presetName, readPart, scalesOf, writePreset, writeSides, writeValues } from "./schedule_part.js";
-import { ScheduleTextError, linesOf, sidesText, valuesOf } from "./schedule_text.js";
+import { ScheduleTextError, linesOf, parseSchedule, sidesText, valuesOf } from "./schedule_text.js";
 import { say } from "./words.js";
 
 const TOOLS_HEIGHT = 24;
@@ -12,10 +12,13 @@ const NOTE_HEIGHT = 18;
 const ROW_HEIGHT = 90;
 const GAP = 4;
 
+/** The server's own refusal, told as it is. */
+export class RefusedError extends Error {}
+
 /**
  * `host`: read() and write(text); begin() and end() around one step of undo; linked(); showText(start, end);
- * askModel(), askPresets(sides) and askNames(), all promises; applyPreset(preset) for what stands outside the text;
- * locale(); resized().
+ * askModel(), askPresets(sides) and askNames(), all promises (of a RefusedError where the server refuses);
+ * applyPreset(preset) for what stands outside the text; locale(); resized().
  */
 export class ScheduleEditor {
   constructor(part, host) {
@@ -187,6 +190,11 @@ export class ScheduleEditor {
     this.note.title = text;
   }
 
+  /** Why the server gave nothing: its own words, or that it did not answer. */
+  told(error) {
+    return error instanceof RefusedError ? error.message : this.word("failed", error.message);
+  }
+
   /** Make one change of the text, one step for undo. */
   edit(text) {
     this.host.begin();
@@ -201,13 +209,14 @@ export class ScheduleEditor {
       this.model = await this.host.askModel();
     } catch (error) {
       this.model = null;
-      this.setNote("warning", this.word("failed", error.message));
+      this.setNote("warning", this.told(error));
       return null;
     }
     if (JSON.stringify(this.model) !== before) this.refresh();
     return this.model;
   }
 
+  /** Write the model's sides into the text, and the values of the preset that it names. Nothing else changes. */
   async fillSides() {
     this.setNote("plain", "");
     const model = await this.askModel();
@@ -219,8 +228,10 @@ export class ScheduleEditor {
     if (presetName(text) !== null) {
       await this.loadPresets();
       const preset = this.offered?.find((candidate) => candidate.name === presetName(text));
-      if (preset) this.usePreset(preset);
-      return;
+      const lines = this.linesOf(preset);
+      if (!lines) return this.setNote("warning", this.word("nothing", `“${presetName(text)}”`));
+      this.edit(writePreset(text, lines));
+      return this.setNote("plain", this.word("filled", model.name));
     }
     try {
       const filled = writeSides(text, model.sides);
@@ -245,7 +256,7 @@ export class ScheduleEditor {
       this.offeredFor = wanted;
       this.offered = presets.filter((preset) => this.part.widget === "schedule" || preset.sampler);
     } catch (error) {
-      this.setNote("warning", this.word("failed", error.message));
+      this.setNote("warning", this.told(error));
       return;
     }
     const options = this.offered.map((preset) => {
@@ -268,8 +279,13 @@ export class ScheduleEditor {
     if (preset) this.usePreset(preset);
   }
 
+  /** A preset's lines for this node, none where it has none. */
+  linesOf(preset) {
+    return this.part.widget === "schedule" ? preset?.schedule : preset?.sampler?.steps;
+  }
+
   usePreset(preset) {
-    const lines = this.part.widget === "schedule" ? preset.schedule : preset.sampler?.steps;
+    const lines = this.linesOf(preset);
     if (!lines) return;
     this.host.begin();
     this.host.write(writePreset(this.host.read(), lines));
@@ -290,7 +306,16 @@ function wrongForAnyModel(text, part) {
   return null;
 }
 
+/** The sides of a text's maps line, or null where it has none or cannot be read: nobody is asked about those. */
 function mapsLine(text) {
   const line = linesOf(text).find((candidate) => candidate.words[0].text === "maps");
-  return line && line.words.length > 1 ? line.words.slice(1).map((word) => word.text) : null;
+  if (!line) return null;
+  const sides = line.words.slice(1).map((word) => word.text);
+  try {
+    parseSchedule(`maps ${sides.join(" ")}; top_k 0`);
+  } catch (error) {
+    if (!(error instanceof ScheduleTextError)) throw error;
+    return null;
+  }
+  return sides;
 }

@@ -2,7 +2,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { ScheduleEditor } from "./editor.js";
+import { RefusedError, ScheduleEditor } from "./editor.js";
 import { choiceOf, loaderOf } from "./model_link.js";
 import { PARTS } from "./schedule_part.js";
 import { addStyle } from "./style.js";
@@ -17,7 +17,9 @@ let names = null;
 async function ask(route) {
   const response = await api.fetchApi(route);
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(answer.error ?? `HTTP ${response.status}`);
+  // What the server says is told as it is: it names the file or the model.
+  if (answer.error) throw new RefusedError(answer.error);
+  if (!response.ok) throw new Error(`HTTP ${response.status}`);
   return answer;
 }
 
@@ -105,7 +107,9 @@ function handToCanvas(root) {
 // The canvas does not take the focus when it is clicked: keys would go on to a bar, and Ctrl+C copy nothing.
 function letGoOutside(root) {
   const outside = (event) => {
-    if (!root.contains(event.target)) document.activeElement?.blur();
+    // Firefox fires no focusout for what is taken away, as undo does.
+    if (!root.isConnected) document.removeEventListener("pointerdown", outside, true);
+    else if (!root.contains(event.target)) document.activeElement?.blur();
   };
   root.addEventListener("focusin", () => document.addEventListener("pointerdown", outside, true));
   root.addEventListener("focusout", () => document.removeEventListener("pointerdown", outside, true));

@@ -19,6 +19,7 @@ const WORDS = {
     other: "The model draws {0} scales ({1}), this text has {2}. Nothing was changed: choose a preset to start anew for the model, or add a line `stretch yes`.",
     differs: "The connected model draws {0}, this text is for {1}.",
     failed: "The server did not answer: {0}",
+    nothing: "The preset {0} has no part for this node, so nothing was changed.",
     log: "log",
   },
   zh: {
@@ -39,6 +40,7 @@ const WORDS = {
     other: "模型有 {0} 个尺度（{1}），文本为 {2} 个。未作任何改动：请选择预设为该模型重新开始，或添加一行 `stretch yes`。",
     differs: "所连接的模型为 {0}，文本为 {1}。",
     failed: "服务器没有响应：{0}",
+    nothing: "预设 {0} 没有此节点的部分，未作任何改动。",
     log: "对数",
   },
   ja: {
@@ -59,6 +61,7 @@ const WORDS = {
     other: "モデルのスケール数は {0}（{1}）、テキストは {2} です。何も変更していません。プリセットを選んでモデル用に作り直すか、`stretch yes` の行を加えてください。",
     differs: "接続されたモデルは {0}、テキストは {1} 用です。",
     failed: "サーバーが応答しません: {0}",
+    nothing: "プリセット {0} にはこのノードの部分がないため、何も変更していません。",
     log: "対数",
   },
 };
