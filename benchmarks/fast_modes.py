@@ -158,8 +158,9 @@ def time_modes(
     stars = {mode.name: copy.copy(by_weights[mode.eight_bit]) for mode in every}
     roomy = graphs and torch.cuda.mem_get_info(device)[0] > len(every) * HELD_BY_GRAPHS
     shared = Replays[Canvas]() if graphs and not roomy else None
+    texts = Replays[Any]() if graphs else None  # all modes have the same text encoder
     for star in stars.values():
-        star.replays = Replays() if roomy else shared
+        star.replays, star.text_replays = Replays() if roomy else shared, texts
     errors: dict[str, str] = {}
     for turn in range(1, rounds + 1):
         for mode in [mode for mode in every if mode.name not in errors]:

@@ -122,13 +122,13 @@ def measure(star: Star, batch: int, runs: int, device: torch.device) -> dict[str
     whole, peak = whole_batches(star, prompts, runs, device)
     repeated: dict[str, Any] = {}
     if device.type == "cuda":
-        star.replays = Replays()
+        star.replays, star.text_replays = Replays(), Replays()
         try:
             seconds, held = whole_batches(star, prompts, runs, device, graphs=True)
             repeated = {"seconds_with_graphs": middle(seconds) / batch, "peak_gib_with_graphs": held}
         except RuntimeError as error:  # the figures without them are worth having
             repeated = {"graphs_error": str(error)[:500]}
-        star.replays = None
+        star.replays = star.text_replays = None
     watch, scales = Stopwatch(device), []
     with watched(star, watch), watch.part("rest"):
         steps = star.generate(prompts, options=Options(seed=1))

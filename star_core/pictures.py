@@ -132,6 +132,14 @@ def from_image(image: Image.Image) -> Tensor:
     return torch.from_numpy(levels / 255).permute(2, 0, 1).unsqueeze(0)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder of pictures. Raises ValueError where it cannot be had: before hours of drawing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: can be no folder for pictures ({error.strerror})") from error
+
+
 def save_png(image: Image.Image, path: Path, recipe: Recipe | None = None) -> None:
     """Write a PNG that carries its recipe, where it has one. Raises ValueError where it cannot be written."""
     info = PngInfo()
@@ -139,7 +147,10 @@ def save_png(image: Image.Image, path: Path, recipe: Recipe | None = None) -> No
         info.add_itxt(RECIPE_KEY, recipe.to_json())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, format="PNG", pnginfo=info)
+        # Beside it first: a picture that was there stays until the new one is whole.
+        part = path.with_name(f"{path.name}.part")
+        image.save(part, format="PNG", pnginfo=info)
+        part.replace(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from error
 

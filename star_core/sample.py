@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .config import TokenMap, maps_for_size
 from .memory import decoding_bytes, drawing_bytes
-from .pictures import Recipe, save_png, strip, to_images
+from .pictures import Recipe, make_folder, save_png, strip, to_images
 from .sample_plan import Job, SamplePlan, pick_device
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def check_model(plan: SamplePlan) -> None:
 def run_sample(plan: SamplePlan) -> Iterator[Path]:
     """Draw a plan's pictures batch by batch; yield each file as it is written."""
     check_model(plan)
+    for folder in {job.path.parent for job in plan.jobs}:
+        make_folder(folder)
     star = load_for(plan.arguments)
     together = _together(star, plan)
     for start in range(0, len(plan.jobs), together):

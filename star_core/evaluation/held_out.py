@@ -90,6 +90,11 @@ def load_real_side(
     rows = {split: extent.rows(emoji, split) for split in (*SPLITS, "train")}
     features = {split: features_of(emoji.pictures[of]) for split, of in rows.items()}
     train, train_features = rows["train"], features["train"]
+    if len(train) < (most := max(len(rows[split]) for split in SPLITS)):
+        raise ValueError(
+            f"{len(train)} training pictures for {most} held-out ones: the floor needs as many, give a larger"
+            " --training-count, or a smaller --count"
+        )
     _log.info("training %d scorers on %d pictures", len(SCORER_SEEDS), len(train))
     scorers = tuple(
         train_scorer(train_features, pool.caption_features[train], seed=seed) for seed in SCORER_SEEDS

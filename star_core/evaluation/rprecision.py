@@ -2,12 +2,12 @@
 
 There are no CLIP weights to be had, so the scorer is made here, after the DAMSM of AttnGAN (Xu et
 al., 2018): a frozen Inception sees the picture, a frozen MiniLM reads the caption, and a small head
-on each is trained contrastively on the training split of the real pictures. Held-out concepts and
-(concept, style) pairs are therefore as new to the scorer as to the generator. Its figures mean
-something only beside those of the real pictures: that is the ceiling.
+on each is trained contrastively on the training split of the real pictures. The pictures of held-out
+concepts and (concept, style) pairs are therefore as new to the scorer as to the generator. Its
+figures mean something only beside those of the real pictures: that is the ceiling.
 
-Generator and scorer share MiniLM, from which the shipped text encoder is distilled. The heads and
-Inception are never used in training the generator.
+Generator and scorer share MiniLM, from which the shipped text encoder is distilled, over the held-out
+concepts' names, too. The heads and Inception are never used in training the generator.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from ..config import square_maps
 from ..model_files import SHIPPED, STAR_FILE, VQVAE_FILE
 from ..packed import has_bfloat16_products
 from ..presets import read_schedule
+from . import tokenizer, transformer
 from .assemble import assemble, text_width
 from .emoji import EmojiSet
 from .options import positive_time, training_seed, usable_device
@@ -135,14 +136,22 @@ def check(args: argparse.Namespace) -> None:
     schedule = read_schedule(args.schedule, square_maps(args.sides))
     if any(policy.smooth for policy in schedule.scales):
         raise ValueError(f"--schedule {args.schedule!r} draws smooth: the decoder learns from drawn tokens")
-    text_width(args.text)
-    EmojiSet.load(args.data, args.size)
+    width, data = text_width(args.text), EmojiSet.load(args.data, args.size)
     try:
         usable_device(args.device)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--device {error}") from None
-    for stage, options in plan(args):
-        if getattr(_parsed(stage, options)[1], "compile", False):
+    parsed = {stage.name: _parsed(stage, options)[1] for stage, options in plan(args)}
+    vqvae = tokenizer.make_config(parsed["tokenizer"])
+    tokenizer.check_sides(parsed["tokenizer"], vqvae)
+    transformer.make_config(parsed["transformer"], width, vqvae)
+    pictures = len(data.indices("train"))
+    for name, options in parsed.items():
+        if options.batch > pictures:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: {pictures} pictures do not fill a batch of {options.batch}"
+            )
+        if getattr(options, "compile", False):
             _check_compiler(args.device)
     try:
         args.run.mkdir(parents=True, exist_ok=True)

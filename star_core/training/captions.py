@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,19 +90,3 @@ def _random_subject(record: Record, rng: np.random.Generator) -> str:
     if rng.random() < _EXTRA_TAGS_SHARE / (1 - _LABEL_SHARE + _EXTRA_TAGS_SHARE):
         return ", ".join([record.label, *tags])
     return ", ".join(tags)
-
-
-def all_texts(records: Iterable[Record]) -> list[str]:
-    """Return every distinct text worth teaching a text encoder, sorted.
-
-    Labels and tags alone and with an article, "label, tag", and the labels in each styled form.
-    """
-    texts: set[str] = set()
-    for record in records:
-        texts.add(record.style)
-        for subject in (record.label, *record.tags):
-            texts.update(form(subject) for form in _UNSTYLED)
-        texts.update(f"{record.label}, {tag}" for tag in record.tags)
-        texts.update(form(record.style, record.label) for form in _STYLED)
-        texts.update(f"{record.style} emoji of {tag}" for tag in record.tags)
-    return sorted(texts)

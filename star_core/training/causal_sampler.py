@@ -109,8 +109,8 @@ class SamplerLessons:
         return found
 
     def deviations(self) -> tuple[float, float]:
-        """Return the standard deviations of features and codes on the refined scales of held-out pictures."""
-        lesson = self.lessons.held_out(FEW)
+        """Return the standard deviations of features and codes on the refined scales of training pictures."""
+        lesson = self.lessons.plain("train", FEW)
         begin = sum(self.lengths[: self.first])
         codes = self.lessons.quantizer.codebook(lesson.tokens[:, begin:])
         return self.features(lesson)[:, begin:].std().item(), codes.std().item()

@@ -36,6 +36,7 @@ from .run import (
     Average,
     PictureStore,
     TrainingRun,
+    check_same_sides,
     operations_for,
     precision,
     shuffled_batches,
@@ -46,6 +47,7 @@ from .versions import (
     comparable_versions,
     load_redrawing,
     mixed_versions,
+    redrawn_by,
     redrawn_scales,
     stored_versions,
     token_versions,
@@ -223,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
     vqvae = load_vqvae(stored, operations=operations_for(device), device=device)
     data, maps = EmojiSet.load(args.data, args.size), square_maps(args.sides)
     pictures_of = PictureStore(data.pictures, device)
-    train, held_out = torch.from_numpy(data.indices("train")), torch.from_numpy(data.indices("pairs")[:128])
+    train, held_out = torch.from_numpy(data.indices("train")), torch.from_numpy(data.sample("pairs", 128))
     tokens = all_tokens(encode_all(pictures_of, vqvae), vqvae, maps)
     vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
@@ -236,6 +238,7 @@ def run(args: argparse.Namespace) -> None:
     own = tokens[upload(train, device)]
     if (state := training.resume()) is not None:
         resume_adversary(args, adversary, state)
+        check_same_sides(args, state)
         versions = stored_versions(args, state, own)
     else:
         captions = [plain_caption(data.records[row]) for row in train.tolist()]
@@ -249,6 +252,8 @@ def run(args: argparse.Namespace) -> None:
             "versions": versions,
             "redrawn": redrawn_scales(args),
             "redrawn_pictures": args.redrawn_pictures,
+            "redrawn_by": redrawn_by(args),
+            "sides": args.sides,
         }
         training.save({"adversary": judge, **drawn})
         real = pictures_of.take(held_out)

@@ -90,6 +90,10 @@ class EmojiSet:
             raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
         return np.array([r.index for r in self.records if r.split == split], dtype=np.int64)
 
+    def sample(self, split: str, count: int) -> npt.NDArray[np.int64]:
+        """Return `count` rows of a split at random, the same ones every time: files go style by style."""
+        return np.random.default_rng(0).permutation(self.indices(split))[:count]
+
 
 def build(folder: Path, size: int, *, packages: Path, workers: int = 2) -> None:
     """Draw every style at `size` x `size` pixels into `folder`; minutes on two cores.
@@ -120,7 +124,9 @@ def build(folder: Path, size: int, *, packages: Path, workers: int = 2) -> None:
     records_file.unlink(missing_ok=True)
     unfinished.replace(pictures_file)
     rows = [{"style": d.style, **dataclasses.asdict(d.emoji)} for d in drawings]
-    records_file.write_text(json.dumps(rows, separators=(",", ":")), encoding="utf-8")
+    part = records_file.with_suffix(".part")
+    part.write_text(json.dumps(rows, separators=(",", ":")), encoding="utf-8")
+    part.replace(records_file)
     _log.info("%d pictures of %d px in %s", len(drawings), size, folder)
 
 

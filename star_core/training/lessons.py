@@ -165,8 +165,12 @@ class Lessons:
         return Lesson(torch.cat(quantized.tokens, dim=1), inputs, self._text(plan))
 
     def held_out(self, count: int) -> Lesson:
-        """Return the first pictures of held-out pairs, not moved, with their plain captions."""
-        return self.lesson(self.planner.plan(torch.from_numpy(self.data.indices("pairs")[:count]), None))
+        """Return some pictures of held-out pairs, not moved, with their plain captions."""
+        return self.plain("pairs", count)
+
+    def plain(self, split: str, count: int) -> Lesson:
+        """Return some pictures of a split, the same ones every time, not moved, with their plain captions."""
+        return self.lesson(self.planner.plan(torch.from_numpy(self.data.sample(split, count)), None))
 
     def _text(self, plan: Plan) -> TextStates:
         """Return text states cut to about the longest caption: equal to the padded ones, since CLIP looks back

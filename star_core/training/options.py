@@ -49,6 +49,14 @@ def share(text: str) -> float:
     return found
 
 
+def part(text: str) -> float:
+    """Return an option's part of a whole. Raises argparse.ArgumentTypeError for none and for more than all."""
+    found = _number(text, float)
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no part: give more than 0, 1 at most")
+    return found
+
+
 def non_negative(text: str) -> float:
     """Return an option's factor. Raises argparse.ArgumentTypeError below 0, and for what is not finite."""
     found = _number(text, float)

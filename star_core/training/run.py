@@ -164,6 +164,7 @@ class Purpose(enum.IntEnum):
     WINDOW = 1
     CORRUPTION = 2
     DROPOUT = 3
+    PICTURES = 4
 
 
 def generator_of(seed: int, step: int, purpose: Purpose) -> torch.Generator:
@@ -202,6 +203,10 @@ class TrainingRun:
         self._args = args
         self._network = network
         self._optimizers = optimizers
+        try:
+            args.run.mkdir(parents=True, exist_ok=True)  # not first when hours are to be saved
+        except OSError as error:
+            raise ValueError(f"--run {args.run} can be no folder: {error.strerror}") from None
         self.average = Average(network, keep)
         self.checkpoint = Checkpoint(args.run / "checkpoint.pt")
 
@@ -250,6 +255,13 @@ class TrainingRun:
     def tell(self, figures: str) -> None:
         """Log a step's figures, with its number and the run's seconds."""
         log.info("step %d %.0f s %s", self.step, self.checkpoint.total_seconds(), figures)
+
+
+def check_same_sides(args: argparse.Namespace, state: Mapping[str, Any]) -> None:
+    """Raise ValueError for a checkpoint of other scales; runs from before they were stored say none."""
+    if (sides := state.get("sides", args.sides)) != args.sides:
+        began = " ".join(map(str, sides))
+        raise ValueError(f"the run in {args.run} was begun with --sides {began}: give those, or another --run")
 
 
 class PictureStore:

@@ -34,7 +34,7 @@ from .minilm import load_minilm
 from .optimizers import rate_at, set_rate
 from .options import add_run_arguments
 from .packages import asset_path
-from .run import Checkpoint, use_threads
+from .run import Checkpoint, precision, use_threads
 from .text_corpus import SHARES, Batch, Corpus, draw_batch, gather_corpus, word
 from .wording import STYLES, Wording
 
@@ -198,7 +198,8 @@ def measure(student: Student, corpus: Corpus, wording: Wording, seed: int) -> di
         meanings.append(meaning)
         targets.append(batch.targets)
     nearest = (torch.cat(meanings) @ torch.cat(targets).T).argmax(-1)
-    figures["retrieval"] = float((nearest == torch.arange(len(nearest))).float().mean())
+    own = torch.arange(len(nearest), device=nearest.device)
+    figures["retrieval"] = float((nearest == own).float().mean())
     figures["style"] = float(torch.cat(right).mean())
     return figures
 
@@ -245,7 +246,8 @@ def train(student: Student, corpus: Corpus, wording: Wording, args: argparse.Nam
         step = checkpoint.step
         set_rate(optimizer, rate_at(step, done, args.rate))
         batch = draw_batch(corpus, wording, args.batch, seed=args.seed, step=step).to(student.device)
-        loss = loss_of(student, batch)
+        with precision(args):
+            loss = loss_of(student, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)

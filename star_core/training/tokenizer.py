@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..config import TokenMap, VQVAEConfig, square_maps
+from ..config import TokenMap, VQVAEConfig, check_maps, square_maps
 from ..evaluation.lpips import load_lpips
 from ..quantizer import Quantized
 from ..vqvae import VQVAE
@@ -18,13 +18,16 @@ from ..weights import save_vqvae
 from .augmentation import augmented
 from .emoji import EmojiSet
 from .optimizers import adamw, descend
-from .options import add_run_arguments
+from .options import add_run_arguments, non_negative, part
 from .packages import asset_path
 from .recorded import RecordedStep, recorder_for
 from .run import (
     Average,
     PictureStore,
+    Purpose,
     TrainingRun,
+    check_same_sides,
+    generator_of,
     operations_for,
     precision,
     shuffled_batches,
@@ -59,10 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
     """Add the weight of LPIPS beside the L1 distance."""
-    parser.add_argument("--perceptual", type=float, default=0.3, help="weight of LPIPS beside the L1 distance")
+    parser.add_argument(
+        "--perceptual", type=non_negative, default=0.3, help="weight of LPIPS beside the L1 distance"
+    )
     parser.add_argument(
         "--perceptual-share",
-        type=float,
+        type=part,
         default=1 / 3,
         help="share of a batch that LPIPS looks at: on a CPU it takes most of a step",
     )
@@ -155,12 +160,22 @@ def make_config(args: argparse.Namespace) -> VQVAEConfig:
     )
 
 
-def resume(args: argparse.Namespace, training: TrainingRun) -> None:
+def check_sides(args: argparse.Namespace, config: VQVAEConfig) -> None:
+    """Raise ValueError for scales that do not grow to what the encoder makes of a picture."""
+    check_maps(square_maps(args.sides))
+    if args.sides[-1] * config.downsample != args.size:
+        raise ValueError(
+            f"--sides {' '.join(map(str, args.sides))}: of pictures of {args.size} px, {config.downsample} to a"
+            f" token, the last scale has {args.size / config.downsample:g}"
+        )
+
+
+def resume(args: argparse.Namespace, training: TrainingRun, trainer: Tokenizer) -> None:
     """Go on from a run's checkpoint, where there is one. Raises ValueError for one of other scales."""
-    state = training.resume()
-    if state is not None and state.get("sides", args.sides) != args.sides:
-        began = " ".join(map(str, state["sides"]))
-        raise ValueError(f"the run in {args.run} was begun with --sides {began}: give those, or another --run")
+    if (state := training.resume()) is None:
+        return
+    check_same_sides(args, state)
+    trainer.uses = state.get("uses", trainer.uses)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -169,21 +184,22 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     torch.default_generator.manual_seed(args.seed)  # a training command owns its process
     config, maps = make_config(args), square_maps(args.sides)
+    check_sides(args, config)
     data = EmojiSet.load(args.data, args.size)
-    train, held_out = torch.from_numpy(data.indices("train")), torch.from_numpy(data.indices("pairs")[:128])
+    train, held_out = torch.from_numpy(data.indices("train")), torch.from_numpy(data.sample("pairs", 128))
     perceptual = load_lpips(asset_path("lpips", args.packages), "alexnet").to(device)
     weights = args.perceptual, args.perceptual_share
     trainer = Tokenizer(config, maps, perceptual, precision(args), *weights, operations_for(device))
     trainer.vqvae.to(device)
     optimizer = adamw(trainer.vqvae.parameters(), args.rate, device, betas=(0.9, 0.95), decay=0.01)
     training = TrainingRun(args, trainer.vqvae, [optimizer], keep=0.998)
-    resume(args, training)
+    resume(args, training, trainer)
     pictures_of = PictureStore(data.pictures, device)
     real = pictures_of.take(held_out)
 
     def save() -> None:
         export(training.average, config, args.run)
-        training.save({"sides": args.sides})
+        training.save({"sides": args.sides, "uses": trainer.uses})
         averaged = VQVAE(config).to(device).eval()
         averaged.load_state_dict(training.average.state)
         drawn = reconstruct(averaged, real, maps)
@@ -196,9 +212,9 @@ def run(args: argparse.Namespace) -> None:
         return parts
 
     learn_step = RecordedStep(learn, recorder_for(device))
-    generator = torch.Generator().manual_seed(args.seed + training.step)
     batches = shuffled_batches(len(train), args.batch, args.seed, training.step)
     for step in training.steps(batches, save):
+        generator = generator_of(args.seed, step.number, Purpose.PICTURES)
         pictures = augmented(pictures_of.take(train[step.batch]), generator)
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         parts = learn_step(pictures, perceptual=step.number > LPIPS_FROM)

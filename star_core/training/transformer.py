@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..checkpoint import Networks, load_networks, load_vqvae, save_networks
-from ..config import StarConfig, TokenMap, TransformerConfig, square_maps, token_count
+from ..config import StarConfig, TokenMap, TransformerConfig, VQVAEConfig, square_maps, token_count
 from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Places, Transformer
@@ -41,10 +41,20 @@ from .options import (
     add_workers_argument,
     at_least,
     non_negative,
+    part,
     share,
 )
 from .recorded import RecordedStep, recorder_for
-from .run import Average, Purpose, TrainingRun, compile_blocks, generator_of, precision, use_threads
+from .run import (
+    Average,
+    Purpose,
+    TrainingRun,
+    check_same_sides,
+    compile_blocks,
+    generator_of,
+    precision,
+    use_threads,
+)
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=256, help="heads have 64 each")
     parser.add_argument("--name", default="star-emoji-64")
     parser.add_argument(
-        "--window", type=float, default=0.6, help="share of each side that the window on the last scales has"
+        "--window", type=part, default=0.6, help="share of each side that the window on the last scales has"
     )
     parser.add_argument(
         "--windowed-scales",
@@ -129,9 +139,10 @@ def held_out_loss(transformer: Transformer, lessons: Lessons, count: int = 128) 
     return [float(part.mean()) for part in losses.split([h * w for h, w in lessons.maps])]
 
 
-def make_config(args: argparse.Namespace, text_width: int, lessons_vqvae: Path) -> StarConfig:
-    """Return the configuration of the model that is trained."""
-    vqvae = load_vqvae(lessons_vqvae).config
+def make_config(args: argparse.Namespace, text_width: int, vqvae: VQVAEConfig) -> StarConfig:
+    """Return the configuration of the model that is trained. Raises ValueError for what makes none."""
+    if args.width < 64 or args.width % 64:
+        raise ValueError(f"--width {args.width}: heads have 64 each, give a multiple of it")
     transformer = TransformerConfig(
         depth=args.depth,
         width=args.width,
@@ -181,7 +192,7 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     vqvae_file = run_folder_file(args.tokenizer_run, "vqvae.safetensors")
     text_encoder = load_text_encoder(args.text, device=device)
-    config = make_config(args, text_encoder.width, vqvae_file)
+    config = make_config(args, text_encoder.width, load_vqvae(vqvae_file).config)
     transformer = first_transformer(args, config.transformer).to(device)  # before what takes minutes
     data = EmojiSet.load(args.data, args.size)
     vqvae = load_vqvae(vqvae_file, device=device)
@@ -192,7 +203,8 @@ def run(args: argparse.Namespace) -> None:
     compile_blocks(args, transformer.blocks)
     optimizers = muon_and_adamw(transformer, args, device, decay=args.weight_decay)
     training = TrainingRun(args, transformer, optimizers, keep=0.998)
-    training.resume()
+    if (state := training.resume()) is not None:
+        check_same_sides(args, state)
     places = transformer.places(config.maps, device)
 
     def learn(*batch: Tensor) -> tuple[Tensor, ...]:
@@ -206,7 +218,7 @@ def run(args: argparse.Namespace) -> None:
 
     def save() -> None:
         averaged = export(training.average, config, args.run)
-        training.save()
+        training.save({"sides": args.sides})
         losses = held_out_loss(averaged.to(device), lessons)
         mean = np.average(losses, weights=[h * w for h, w in config.maps])
         per_scale = " ".join(f"{value:.2f}" for value in losses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,7 +97,21 @@ def stored_versions(args: argparse.Namespace, state: Mapping[str, Any], own: Ten
             f"{count or 'all'} pictures of the run in {args.run} are redrawn, these options ask for"
             f" {args.redrawn_pictures or 'all'}: give the number that it began with, or another --run"
         )
+    by = redrawn_by(args)
+    if wanted and (began := state.get("redrawn_by", by)) != by:
+        raise ValueError(
+            f"the pictures of the run in {args.run} were redrawn by {began}, these options ask for {by}: give"
+            " those, or another --run"
+        )
     return kept
+
+
+def redrawn_by(args: argparse.Namespace) -> str | None:
+    """Return what draws the versions, None for none: the model's bytes, its schedule, the seed."""
+    if args.model is None:
+        return None
+    digest = hashlib.sha256(args.model.read_bytes()).hexdigest()[:12]
+    return f"{args.model.name} ({digest}), --schedule {args.schedule!r}, --seed {args.seed}"
 
 
 def redrawn_scales(args: argparse.Namespace) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -64,6 +65,28 @@ def test_nothing_that_exists_is_overwritten_unasked(sample, drawn, tmp_path):
     assert sample("sun", "--strip", "--folder", folder)[0] == 0
     assert (folder / "sun-s0-0-scales.png").read_bytes() == b"an earlier strip"
     assert (folder / "sun-s0-0-2-scales.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_whole_leaves_the_one_before(sample, drawn, monkeypatch):
+    def full(self, file, **options):
+        Path(file).write_bytes(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    before = drawn.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        code, _, error = sample("--recipe", drawn, "--out", drawn)
+    assert code == 2
+    assert "No space left" in error
+    assert drawn.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_had_is_told_before_anything_is_drawn(sample, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("star_core.sample.load_for", lambda args: pytest.fail("a model was loaded"))
+    code, _, error = sample("sun", "--folder", tmp_path / "file")
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'file'}: can be no folder for pictures" in error
 
 
 def test_a_recipe_s_picture_has_one_place(sample, drawn, tmp_path):

@@ -16,9 +16,7 @@ import pytest
 from star_core.__main__ import main
 from star_core.training import drawings, emoji, packages
 from star_core.training.captions import (
-    all_texts,
     clean_text,
-    plain_caption,
     random_caption,
     with_article,
 )
@@ -220,13 +218,6 @@ def test_an_emoji_without_tags_is_always_called_by_its_label():
     assert all("fox" in random_caption(record(tags=()), rng) for _ in range(100))
 
 
-def test_all_texts_holds_the_plain_caption_and_no_text_twice():
-    texts = all_texts([record(), record(style="Twemoji")])
-    assert plain_caption(record()) == "Noto emoji of fox"
-    assert {plain_caption(record()), "fox", "a fox", "animal", "Twemoji emoji of fox"} <= set(texts)
-    assert texts == sorted(set(texts))
-
-
 # Pictures
 
 
@@ -244,6 +235,16 @@ def test_a_loaded_set_takes_its_splits_from_the_heldout_list(tmp_path: Path):
     assert [r.split for r in loaded.records] == ["train", "pairs", "concepts"]
     assert [loaded.indices(split).tolist() for split in SPLITS] == [[0], [1], [2]]
     assert loaded.records[1].tags == ("y",)
+
+
+def test_a_sample_of_a_split_is_the_same_every_time_and_of_all_its_pictures(tmp_path: Path):
+    write_set(tmp_path, ["free"] * 200, "Noto", 200)
+    loaded = EmojiSet.load(tmp_path, 8)
+    some = loaded.sample("train", 50)
+    assert len(set(some.tolist())) == 50
+    assert some.max() > 150, "files go style by style: the first rows are of one"
+    assert np.array_equal(loaded.sample("train", 50), some)
+    assert np.array_equal(loaded.sample("train", 20), some[:20])
 
 
 def test_a_missing_or_torn_set_or_unknown_split_is_refused_with_the_remedy(tmp_path: Path):

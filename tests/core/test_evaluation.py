@@ -540,6 +540,13 @@ def test_a_smaller_extent_is_a_part_of_a_larger_one() -> None:
         Extent(held_out=3)
 
 
+def test_a_floor_from_fewer_pictures_than_are_held_out_is_refused(tmp_path: Path) -> None:
+    emoji = emoji_set()
+    few = EmojiSet(emoji.pictures, tuple(r for r in emoji.records if r.split != "train" or r.index < 55))
+    with pytest.raises(ValueError, match="55 training pictures for 60 held-out ones"):
+        load_side(few, tmp_path, Extent())
+
+
 @dataclass(frozen=True)
 class StubRequest:
     prompts: tuple[str, ...]

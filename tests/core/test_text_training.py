@@ -1,5 +1,7 @@
 """The text encoder's training draws what a seed says, words prompts as people do, and exports what it has."""
 
+import argparse
+import copy
 import gzip
 import json
 
@@ -152,6 +154,24 @@ def test_a_few_steps_lower_the_loss_and_reach_the_rows(student, corpus, tokenize
         "text_model.final_layer_norm" if hasattr(student.model, "text_model") else "final_layer_norm"
     )
     assert torch.equal(norm.weight, torch.ones(text.WIDTH))
+
+
+def test_a_run_trains_under_the_precision_asked_for(student, corpus, tokenizer, tmp_path, monkeypatch):
+    seen = []
+    whole = text.loss_of
+
+    def loss_of(taught, batch):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return whole(taught, batch)
+
+    monkeypatch.setattr(text, "loss_of", loss_of)
+    parser = argparse.ArgumentParser()
+    text.add_arguments(parser)
+    shared = ["--device", "cpu", "--steps", "1", "--batch", "8"]
+    for number, more in enumerate(([], ["--bfloat16"])):
+        args = parser.parse_args(["--run", str(tmp_path / str(number)), *shared, *more])
+        text.train(copy.deepcopy(student), corpus, wording.Wording(tokenizer), args)
+    assert seen == [False, True]
 
 
 def test_an_export_computes_what_the_student_does(student, tmp_path, tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,8 @@ from star_core.transformer import TextBlock
 from star_core.weights import TensorFile
 
 SIDES = ["--sides", "1", "2", "4"]
+SMALL = ["--channels", "8", "--multipliers", *"1111", "--codebook", "32", "--code-width", "4"]
+"""A VQ-VAE of eight pixels to a token."""
 
 
 class Killed(BaseException):
@@ -62,20 +65,7 @@ def tokenizer_run(data: Path, distance: nn.Module, tmp_path_factory: pytest.Temp
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "asset_path", lambda name, folder: folder)
         patch.setattr(tokenizer, "load_lpips", lambda path, kind: distance)
-        small = [
-            "--channels",
-            "8",
-            "--multipliers",
-            "1",
-            "1",
-            "1",
-            "1",
-            "--codebook",
-            "32",
-            "--code-width",
-            "4",
-        ]
-        return train(tokenizer, tmp_path_factory.mktemp("tokenizer"), data, *small, *SIDES, "--bfloat16")
+        return train(tokenizer, tmp_path_factory.mktemp("tokenizer"), data, *SMALL, *SIDES, "--bfloat16")
 
 
 def transformer_options(tokenizer_run: Path) -> list[str]:
@@ -255,7 +245,7 @@ def teaching(data: Path, tokenizer_run: Path, transformer_run: Path) -> causal_s
 
 
 def test_a_sampler_is_told_how_large_features_and_codes_are(teaching):
-    lesson = teaching.lessons.held_out(causal_sampler.FEW)
+    lesson = teaching.lessons.plain("train", causal_sampler.FEW)
     features, codes = teaching.deviations()
     refined = teaching.features(lesson).split(teaching.lengths, dim=1)[teaching.first :]
     assert features == pytest.approx(torch.cat(refined, dim=1).std().item())
@@ -298,11 +288,56 @@ def test_a_tokenizer_run_from_before_stages_shared_their_checkpoint_goes_on(data
     state = torch.load(tokenizer_run / "checkpoint.pt", weights_only=True)
     (state["optimizer"],) = state.pop("optimizers")
     torch.save(state, tmp_path / "checkpoint.pt")
-    size = ["--channels", "8", "--multipliers", "1", "1", "1", "1", "--codebook", "32", "--code-width", "4"]
-    run = train(tokenizer, tmp_path, data, *size, *SIDES, steps=5)
+    run = train(tokenizer, tmp_path, data, *SMALL, *SIDES, steps=5)
     after = torch.load(run / "checkpoint.pt", weights_only=True)
     assert after["step"] == 5
     assert after["optimizers"][0]["state"][0]["step"] == 5
+
+
+def test_a_killed_tokenizer_run_ends_as_an_unbroken_one(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "RESEED_EVERY", 3)  # what was used before the kill counts after it
+    monkeypatch.setattr(tokenizer, "RESEED_UNTIL", 1.0)
+    options = [*SMALL, *SIDES]
+    whole = train(tokenizer, tmp_path / "whole", data, *options)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(tokenizer, 3, patch)
+        with pytest.raises(Killed):
+            train(tokenizer, tmp_path / "killed", data, *options)
+    killed = train(tokenizer, tmp_path / "killed", data, *options)
+    assert_same_file(killed / "vqvae.safetensors", whole / "vqvae.safetensors")
+    shorter = train(tokenizer, tmp_path / "shorter", data, *options, steps=2)
+    ours, theirs = (TensorFile(run / "vqvae.safetensors") for run in (whole, shorter))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("sides", "said"),
+    [
+        (["1", "2"], "--sides 1 2: of pictures of 32 px, 8 to a token, the last scale has 4"),
+        (["4"], "at least two scales"),
+        (["2", "1", "4"], "2, 2.*1, 1"),
+    ],
+)
+def test_scales_that_do_not_grow_to_the_picture_s_are_refused(data, tmp_path, sides, said):
+    with pytest.raises(ValueError, match=said):
+        train(tokenizer, tmp_path / "run", data, *SMALL, "--sides", *sides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_other_scales_is_refused_where_shapes_do_not_tell(
+    data, tokenizer_run, transformer_run, tmp_path
+):
+    shutil.copytree(transformer_run, tmp_path / "run")
+    options = transformer_options(tokenizer_run)
+    others = [*options[: -len(SIDES)], "--sides", "1", "3", "4"]
+    with pytest.raises(ValueError, match="was begun with --sides 1 2 4: give those, or another --run"):
+        train(transformer, tmp_path / "run", data, *others, steps=6)
+
+
+def test_a_run_whose_folder_cannot_be_made_is_refused_before_it_is_trained(data, tokenizer_run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"--run {tmp_path / 'file'} can be no folder"):
+        train(transformer, tmp_path / "file", data, *transformer_options(tokenizer_run))
 
 
 def test_the_decoder_stage_moves_the_decoder_alone(data, tokenizer_run, tmp_path):
@@ -403,6 +438,8 @@ def test_a_killed_decoder_run_on_drawn_tokens_ends_as_an_unbroken_one(
         train(decoder, tmp_path / "killed", data, *others, steps=8)
     with pytest.raises(ValueError, match=r"redrawn: 1, 2, .* ask for: 2, 1"):
         train(decoder, tmp_path / "killed", data, *options[:-2], "2", "1", steps=8)
+    with pytest.raises(ValueError, match=r"were redrawn by star.safetensors .*'top-k'.* ask for .*'top_k 3'"):
+        train(decoder, tmp_path / "killed", data, *options, "--schedule", "top_k 3", steps=8)
 
 
 def test_a_few_pictures_may_be_redrawn(data, tokenizer_run, transformer_run, tmp_path):
@@ -661,6 +698,9 @@ def test_a_run_ends_when_its_time_is_up_saves_and_goes_on(data, tokenizer_run, t
         ("--weight-decay", "-1", "-1 is out of range: give a finite number from 0 up"),
         ("--weight-decay", "inf", "inf is out of range"),
         ("--windowed-scales", "-1", "-1 is no number of scales"),
+        ("--window", "1.3", "1.3 is no part: give more than 0, 1 at most"),
+        ("--window", "0", "0 is no part"),
+        ("--window", "nan", "nan is no part"),
         ("--windowed-scales", "few", "few is no number"),
         ("--steps", "many", "many is no number"),
         ("--batch", "0", "0 is no number of examples: give 1 or more"),
