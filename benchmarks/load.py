@@ -92,6 +92,8 @@ def work(arguments: argparse.Namespace) -> None:
 
         if device.type == "cuda":
             torch.zeros(1, device=device)
+            with contextlib.suppress(ImportError):
+                import triton  # noqa: F401
     peak = Peak(torch.device("cpu") if arguments.way == "bytes" else device)
     peak.reset()
     began = time.perf_counter()
@@ -169,6 +171,8 @@ def main() -> int:
             "dtype": arguments.dtype,
             "files_gib": round(size / GIB, 3),
         }
+        if device.type == "cuda":
+            run_once("first token", arguments, folder)  # kernels are built once, and lie on disk from then on
         for _ in range(arguments.rounds):
             for state in states:
                 if state == "warm":  # a cold round before it has left in the cache what it has touched alone

@@ -35,7 +35,7 @@ from star_core.model_files import SHIPPED, STAR_FILE, VQVAE_FILE  # noqa: E402
 from star_core.star import Star  # noqa: E402
 from star_core.text_encoder import TextEncoder, load_tokenizer  # noqa: E402
 from star_core.vqvae import VQVAE  # noqa: E402
-from star_core.weights import build_on_meta, save_vqvae  # noqa: E402
+from star_core.weights import build_on_meta, kept_dtype, save_vqvae  # noqa: E402
 
 SIZES = {
     "d16-256": "star-256-d16",
@@ -96,9 +96,10 @@ def randomise(
     """Give every parameter of a module its value on a device, one at a time: never two copies of a model."""
     for path, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
-            official = official_name(f"{path}.{name}" if path else name)
-            assert official is not None, f"no official name for {path}.{name}"
-            kept = torch.float32 if name.endswith(("log_scale", "scale_mul_1H11")) else dtype
+            whole = f"{path}.{name}" if path else name
+            official = official_name(whole)
+            assert official is not None, f"no official name for {whole}"
+            kept = torch.float32 if name == "scale_mul_1H11" else kept_dtype(whole, dtype)
             filled = value(official, parameter.shape, seed, device).to(device=device, dtype=kept)
             setattr(owner, name, nn.Parameter(filled, requires_grad=False))
 

@@ -25,6 +25,7 @@ from .quantizer import MultiScaleQuantizer
 from .request import Request, ScaleStep
 from .sampling import ScaleNoise, draw, smooth_weights
 from .schedule import ScalePolicy, ScaleSchedule
+from .transfer import upload
 from .transformer import Transformer
 
 
@@ -281,7 +282,8 @@ def _kept_at(request: Request, scale: int, device: torch.device) -> PartialMap:
     if request.kept is None:
         tokens = torch.zeros(shape, dtype=torch.long, device=device)
         return PartialMap(tokens, torch.zeros(shape, dtype=torch.bool, device=device))
-    return PartialMap(request.kept.tokens[scale].to(device), request.kept.masks[scale].to(device).bool())
+    tokens, mask = (upload(kept[scale], device) for kept in (request.kept.tokens, request.kept.masks))
+    return PartialMap(tokens.long(), mask.bool())
 
 
 @torch.no_grad()
@@ -297,4 +299,5 @@ def _add(
 
 
 def _given(step: ScaleStep, device: torch.device) -> ScaleStep:
-    return dataclasses.replace(step.to(device), given=True)
+    f_hat, tokens = upload(step.f_hat, device), upload(step.tokens, device)
+    return dataclasses.replace(step, f_hat=f_hat, tokens=tokens, given=True)

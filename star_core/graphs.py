@@ -125,9 +125,11 @@ class CudaRecorder:
             here = torch.cuda.current_stream()
             self._stream.wait_stream(here)
             # Left whatever happens: a capture that breaks off does not leave its own stream.
-            with torch.cuda.stream(self._stream):
-                yield
-            here.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            finally:  # what was begun may still write where the next work is given memory
+                here.wait_stream(self._stream)
 
     def rest(self) -> None:
         """Give the device back what torch's allocator keeps unused: no other work would get this stream's."""

@@ -67,8 +67,41 @@ def bicubic_weights(before: int, after: int, device: torch.device) -> Tensor:
         return resized.T.contiguous().to(device)
 
 
+def averaged(codes: Tensor, token_map: TokenMap) -> Tensor:
+    """Return codes (B, D, h, w) averaged over areas down to a token map, (B, D, H, W).
+
+    Apple's GPUs refuse to where a side is not a multiple of the smaller one; products with the shares that
+    places have in an area are equal up to rounding.
+    """
+    sides = zip(codes.shape[2:], token_map, strict=True)
+    if codes.device.type != "mps" or all(before % after == 0 for before, after in sides):
+        return F.interpolate(codes, size=token_map, mode="area")
+    return averaged_by_products(codes, token_map)
+
+
+def averaged_by_products(codes: Tensor, token_map: TokenMap) -> Tensor:
+    """Return what `averaged` does, in float32."""
+    down, across = (
+        area_weights(before, after, codes.device)
+        for before, after in zip(codes.shape[2:], token_map, strict=True)
+    )
+    return down @ (codes.float() @ across.mT)
+
+
+@functools.lru_cache(maxsize=256)
+def area_weights(before: int, after: int, device: torch.device) -> Tensor:
+    """Return the matrix (after, before) that averages a side. Nobody may change it: it is remembered."""
+    with torch.inference_mode(False), torch.no_grad():
+        lines = torch.eye(before).view(before, 1, 1, before)
+        averages = F.interpolate(lines, size=(1, after), mode="area").view(before, after)
+        return averages.T.contiguous().to(device)
+
+
 class Phi(nn.Module):
-    """phi(h) = 0.5 h + 0.5 conv3x3(h): repairs what upsampling a small token map blurred."""
+    """phi(h) = 0.5 h + 0.5 conv3x3(h): repairs what upsampling a small token map blurred.
+
+    On NVIDIA's GPUs the products inside are of TF32 unless torch is told not to (`cudnn.allow_tf32`).
+    """
 
     def __init__(self, code_width: int, *, operations: ModuleType = nn) -> None:
         super().__init__()
@@ -130,7 +163,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def next_input(self, f_hat: Tensor, token_map: TokenMap) -> Tensor:
         """Return f_hat area-downsampled to the next scale, (B, h * w, D)."""
-        smaller = F.interpolate(f_hat, size=token_map, mode="area")
+        smaller = averaged(f_hat, token_map)
         return rearrange(smaller, "b d h w -> b (h w) d")
 
     def quantize(
@@ -149,7 +182,7 @@ class MultiScaleQuantizer(nn.Module):
         tokens, f_hats = [], []
         for scale, token_map in enumerate(maps):
             last = scale == len(maps) - 1
-            seen = rest if last else F.interpolate(rest, size=token_map, mode="area")
+            seen = rest if last else averaged(rest, token_map)
             tokens.append(self.nearest(seen))
             taken = tokens[-1] if shown is None else shown(scale, tokens[-1])
             added = self.contribution(self.lookup(taken, token_map), scale, maps)

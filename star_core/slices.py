@@ -104,15 +104,17 @@ def enlarged_conv(x: Tensor, conv: nn.Module) -> Tensor:
 
 def _affine(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     """Return scale and shift (B, C, 1, 1), float32, with which x * scale + shift is norm(x)."""
+    # Apple's GPUs have nothing wider.
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
     counts, means, variances = [], [], []
     for strip in strips(x):
         rows = x[:, :, strip.rows()].float()
         grouped = rearrange(rows, "b (g c) h w -> b g (c h w)", g=norm.num_groups)
         variance, mean = torch.var_mean(grouped, dim=-1, correction=0)
         counts.append(strip.bottom - strip.top)
-        means.append(mean.double())
-        variances.append(variance.double())
-    weights = torch.tensor(counts, dtype=torch.float64, device=x.device)[:, None, None] / x.shape[2]
+        means.append(mean.to(wide))
+        variances.append(variance.to(wide))
+    weights = torch.tensor(counts, dtype=wide, device=x.device)[:, None, None] / x.shape[2]
     mean = (weights * torch.stack(means)).sum(0)
     spread = (torch.stack(means) - mean).square()
     variance = (weights * (torch.stack(variances) + spread)).sum(0)

@@ -143,7 +143,7 @@ def fill(
             packs[layer] = packed(tensor.to(dtype=dtype))
             found[ours] = tensor.to("meta")
         else:
-            found[ours] = tensor.to(device=device, dtype=_dtype_of(ours, tensor, dtype), copy=copied)
+            found[ours] = tensor.to(device=device, dtype=kept_dtype(ours, dtype or tensor.dtype), copy=copied)
         read += tensor.nbytes
         if copied and read > RELEASE_AFTER and isinstance(tensors, TensorFile):
             del tensor
@@ -196,11 +196,11 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return tensors.shape(name) if isinstance(tensors, TensorFile) else tuple(tensors[name].shape)
 
 
-def _dtype_of(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """Return what to store a parameter in: log scales stay float32, since they are exponentiated, and so do
-    codebook and phis, in whose float32 a picture's tokens are found and f_hat adds up (`quantizer`)."""
+def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return what a parameter of ours is stored in: log scales stay float32, since they are exponentiated, and
+    so do codebook and phis, in whose float32 a picture's tokens are found and f_hat adds up (`quantizer`)."""
     exact = name.endswith("log_scale") or name.startswith("quantizer.")
-    return torch.float32 if exact else dtype or tensor.dtype
+    return torch.float32 if exact else dtype
 
 
 def _key_complaint(missing: list[str], surplus: list[str]) -> str:

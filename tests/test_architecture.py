@@ -70,6 +70,7 @@ ALLOWED = {
         "request",
         "sampling",
         "schedule",
+        "transfer",
         "transformer",
     },
 }

@@ -166,6 +166,16 @@ def test_a_pytorch_without_rows_of_scales_for_a_gpu_has_no_products(monkeypatch:
     assert fp8._has_rows_of_scales.__wrapped__(cpu)
 
 
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate", "CUBLAS_STATUS_ALLOC_FAILED when"])
+def test_a_full_memory_is_not_taken_for_a_gpu_without_products(monkeypatch: pytest.MonkeyPatch, said: str):
+    def full(*arguments: object, **options: object) -> Tensor:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch, "_scaled_mm", full)
+    with pytest.raises(RuntimeError, match=said):
+        fp8._has_rows_of_scales.__wrapped__(torch.device("cpu"))
+
+
 def test_rows_use_the_whole_range_of_the_format():
     rows = random(50, 96, seed=4) * torch.logspace(-8, 8, 50)[:, None]
     rounded, scale = round_rows(rows)

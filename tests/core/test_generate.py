@@ -864,6 +864,16 @@ def test_kept_tokens_of_another_codebook_are_refused_before_anything_is_drawn(
         next(steps)
 
 
+def test_kept_tokens_of_four_bytes_give_steps_of_eight_as_any_others(
+    ask: Callable, paired: object, make_schedule: Callable
+):
+    request = ask([1], make_schedule("masked"))
+    tokens = tuple(step.tokens.int() for step in paired.run(request))
+    kept = KeptTokens(tokens, tuple(torch.arange(t.shape[1])[None] % 2 == 0 for t in tokens))
+    for step in paired.run(dataclasses.replace(request, kept=kept)):
+        assert step.tokens.dtype == torch.int64
+
+
 def test_a_turned_map_of_as_many_tokens_is_no_prefix(ask: Callable, paired: object, make_schedule: Callable):
     request = ask([1], make_schedule("plain"))
     full = paired.run(request)

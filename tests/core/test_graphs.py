@@ -6,6 +6,7 @@ itself does with graphs is tested in tests/gpu.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import star_core.sampling
 from star_core import load
 from star_core.generate import generate
-from star_core.graphs import Pace, Program, Replays, Tape, Tapes, look_at_once
+from star_core.graphs import CudaRecorder, Pace, Program, Replays, Tape, Tapes, look_at_once
 from star_core.kernels import references_only
 from star_core.request import KeptTokens, Options, Request, ScaleStep
 from star_core.sampling import KeptNoise, PictureSeed, ScaleNoise, keep_top_p
@@ -388,3 +389,26 @@ def test_a_text_encoder_that_cannot_be_recorded_is_launched_each_time(
     assert torch.equal(found.hidden, plain.hidden)
     assert "cannot be recorded" in caplog.text
     assert star.text_replays is None
+
+
+class Stream:
+    """Stands in for a CUDA stream."""
+
+    def __init__(self, *_: object) -> None:
+        self.waits: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append(other)
+
+
+def test_work_that_breaks_off_is_waited_for_as_any_other(monkeypatch: pytest.MonkeyPatch):
+    here = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    recorder = CudaRecorder(torch.device("cuda"))
+    with pytest.raises(KeyboardInterrupt), recorder.ready():
+        raise KeyboardInterrupt
+    assert recorder._stream.waits == [here]
+    assert here.waits == [recorder._stream], "its kernels may still write to memory that is given away now"

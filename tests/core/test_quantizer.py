@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from star_core.quantizer import MultiScaleQuantizer, Phi, enlarged_by_products, phi_index
+from star_core.quantizer import (
+    MultiScaleQuantizer,
+    Phi,
+    averaged,
+    averaged_by_products,
+    enlarged_by_products,
+    phi_index,
+)
 
 RECTANGLES = ((1, 1), (2, 3), (3, 4), (4, 6))
 
@@ -105,6 +112,15 @@ def test_the_next_input_is_an_area_average_row_by_row(quantizer: MultiScaleQuant
     assert smaller.shape == (2, 6, 8)
     torch.testing.assert_close(smaller[:, 4], f_hat[:, :, 2:4, 2:4].mean(dim=(2, 3)))
     torch.testing.assert_close(quantizer.next_input(f_hat, (4, 6))[:, 8], f_hat[:, :, 1, 2])
+
+
+@pytest.mark.parametrize("token_map", [(1, 1), (3, 5), (6, 5), (4, 8), (13, 10), (15, 16), (16, 16)])
+def test_averages_by_products_are_those_of_the_areas(token_map: tuple[int, int]):
+    # Where a side is no multiple of the smaller one Apple's GPUs have nothing else.
+    codes = torch.randn(2, 8, 15, 16, generator=torch.Generator().manual_seed(3))
+    expected = F.interpolate(codes, size=token_map, mode="area")
+    torch.testing.assert_close(averaged_by_products(codes, token_map), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(averaged(codes, token_map), expected)
 
 
 def test_teacher_inputs_are_the_inputs_of_the_loop(quantizer: MultiScaleQuantizer):
