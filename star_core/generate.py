@@ -115,6 +115,8 @@ def _scales(
 
         def work(look: Look, scale: int = scale, f_hat: Tensor = f_hat) -> ScaleStep:
             features = _look(canvas, quantizer, schedule, f_hat, scale)
+            if replays is None:
+                _check_finite(features, scale)
             drawn = _draw_scale(canvas, sampler, quantizer, schedule, features, scale, look)
             return _add(drawn, quantizer, f_hat, scale, request.maps)
 
@@ -152,6 +154,19 @@ def _look(
         canvas.seen[scale] = features
     canvas.seen.pop(scale - 2, None)
     return features
+
+
+def _check_finite(features: Tensor, scale: int) -> None:
+    """Raise ValueError where a CPU has computed no numbers: all tokens would be 0, and nobody told.
+
+    Not on a GPU, which would have to wait for it.
+    """
+    if features.device.type == "cpu" and not features.sum(dtype=torch.float32).isfinite():
+        kind = str(features.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the transformer's numbers are not finite at scale {scale + 1}, in {kind}: choose bfloat16 or"
+            " float32; if it is one of them, the checkpoint is damaged"
+        )
 
 
 def _look_at_part(canvas: Canvas, x: Tensor, scale: int, share: float) -> Tensor:

@@ -744,6 +744,17 @@ def test_in_float16_texts_of_unequal_length_are_drawn_as_in_float32(model: objec
     assert min(equal) > 0.6
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_told_and_no_tokens_are_made_of_them(
+    paired: object, ask: Callable, make_schedule: Callable, number: float
+):
+    model = copy.deepcopy(paired)
+    model.transformer.blocks[1].ffn.contract.bias[3] = number
+    run = generate(model.transformer, model.sampler, model.quantizer, ask([1], make_schedule("plain")), CPU)
+    with pytest.raises(ValueError, match="not finite at scale 1, in float32: .* checkpoint is damaged"):
+        next(run)
+
+
 def test_a_run_holds_keys_of_what_it_draws_alone(model: object, ask: Callable):
     def capacity(stays: bool = False, **fields: object) -> int:
         request = ask([1], ScaleSchedule((ScalePolicy(top_k=9), *(ScalePolicy(top_k=9, **fields),) * 3)))

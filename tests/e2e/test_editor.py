@@ -90,6 +90,20 @@ def test_numbers_are_typed(comfy: ComfyPage, schedule: int) -> None:
     assert line(comfy.value(schedule, "schedule"), "top_p") == "0.8*3 0.375 0.8*6"
 
 
+@pytest.mark.parametrize("leave", ["Enter", "Tab", "a click elsewhere"])
+def test_a_field_that_is_left_as_it_was_changes_nothing(comfy: ComfyPage, schedule: int, leave: str) -> None:
+    # The second scale's guidance is 4 / 9, and shown as 0.44.
+    comfy.bar(schedule, "guidance", 1).dblclick()
+    assert comfy.editor(schedule).locator("input.star-typed").input_value() == "0.44"
+    if leave in ("Enter", "Tab"):
+        comfy.press(leave)
+    else:
+        comfy.page.mouse.click(900, 700)
+    comfy.settle()
+    assert comfy.editor(schedule).locator("input.star-typed").count() == 0
+    assert comfy.value(schedule, "schedule") == DEFAULT
+
+
 def test_the_keyboard_reaches_every_bar(comfy: ComfyPage, schedule: int) -> None:
     comfy.bar(schedule, "top_p", 8).click()
     for keys, expected in {
@@ -274,6 +288,36 @@ def test_sides_come_from_the_connected_model_and_nothing_is_stretched(comfy: Com
     comfy.settle(1000)
     assert comfy.value(schedule, "schedule") == listed
     assert "Nothing was changed" in comfy.editor(schedule).locator(".star-note").inner_text()
+
+
+def test_sides_from_a_model_leave_the_sampler_s_fields_alone(comfy: ComfyPage) -> None:
+    load = comfy.add("StarLoad", 600, 90)
+    sampler = comfy.add("StarCausalSampler", 80, 90, steps="official-1024", strategy="confidence", guidance=2)
+    comfy.connect(load, "model", sampler, "model")
+    comfy.settle(1000)
+    fill = comfy.editor(sampler).locator(".star-fill-sides")
+    fill.click()
+    comfy.settle(1500)
+    assert line(comfy.value(sampler, "steps"), "steps") == "0*6 8*3 15"
+    assert (comfy.value(sampler, "strategy"), comfy.value(sampler, "guidance")) == ("confidence", 2)
+    comfy.write(sampler, "steps", "smooth")
+    fill.click()
+    comfy.settle(1500)
+    assert comfy.value(sampler, "steps") == "smooth"
+    assert "no part for this node" in comfy.editor(sampler).locator(".star-note").inner_text()
+
+
+def test_a_refusal_of_the_server_is_told_in_its_own_words(comfy: ComfyPage) -> None:
+    schedule = comfy.add("StarScaleSchedule", 80, 90, schedule="maps 1 2 x\ntop_k 600")
+    comfy.editor(schedule).hover()
+    comfy.settle(1000)
+    assert comfy.editor(schedule).locator(".star-note").inner_text() == "", "half a line is nobody's question"
+    load = comfy.add("StarLoad", 600, 90, checkpoint="nowhere.safetensors")
+    comfy.connect(load, "model", schedule, "model")
+    comfy.settle(1000)
+    note = comfy.editor(schedule).locator(".star-note").inner_text()
+    assert "no file 'nowhere.safetensors'" in note
+    assert "did not answer" not in note
 
 
 def test_a_text_over_a_link_is_not_edited(comfy: ComfyPage, schedule: int) -> None:
