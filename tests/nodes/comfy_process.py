@@ -290,6 +290,7 @@ def run(request):
     FAULTS.count = dict.fromkeys(FAULTS.count, 0)
     ROOM.clear()
     part("nodes.sockets").BYTES_REMEMBERED = FAULTS.wanted.get("bytes_remembered", 1 << 29)
+    part("star_core.tiles").TILE = FAULTS.wanted.get("tile", 32)
     part("star_core.slices").STRIP["cpu"] = FAULTS.wanted.get("strip", 1 << 21)
     mm.get_free_memory = lambda *a, **k: FAULTS.wanted.get("free_memory") or get_free_memory(*a, **k)
     args.preview_method = LatentPreviewMethod(request.get("preview_method", "none"))
