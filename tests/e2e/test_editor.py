@@ -202,7 +202,7 @@ def test_the_checkpoint_s_own_schedule_is_in_the_menu_of_a_connected_model(comfy
     comfy.editor(schedule).locator("select").select_option("checkpoint's own")
     comfy.settle()
     assert line(comfy.value(schedule, "schedule"), "guidance") == "2*8 1 0.5", "the shipped model's"
-    assert comfy.bar_values(schedule, "guidance") == [3] * 8 + [2, 1]
+    assert comfy.bar_values(schedule, "guidance") == [2] * 8 + [1, 0.5]
 
 
 def test_the_editor_sees_that_another_checkpoint_was_chosen(comfy: ComfyPage) -> None:
