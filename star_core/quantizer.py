@@ -44,27 +44,7 @@ def enlarged(codes: Tensor, token_map: TokenMap) -> Tensor:
     """
     if codes.device.type != "cuda" or codes.shape[0] < BATCH_OF_PRODUCTS:
         return F.interpolate(codes, size=token_map, mode="bicubic")
-    return enlarged_by_products(codes, token_map)
-
-
-def enlarged_by_products(codes: Tensor, token_map: TokenMap) -> Tensor:
-    """Return what `enlarged` does, in float32."""
-    down, across = (
-        bicubic_weights(before, after, codes.device)
-        for before, after in zip(codes.shape[2:], token_map, strict=True)
-    )
-    with torch.autocast(codes.device.type, enabled=False):
-        return down @ (codes.float() @ across.mT)
-
-
-@functools.lru_cache(maxsize=256)
-def bicubic_weights(before: int, after: int, device: torch.device) -> Tensor:
-    """Return the matrix (after, before) that resizes a side. Nobody may change it: it is remembered."""
-    # Outside inference mode, whose tensors no training could use later.
-    with torch.inference_mode(False), torch.no_grad():
-        lines = torch.eye(before).view(before, 1, 1, before)
-        resized = F.interpolate(lines, size=(1, after), mode="bicubic").view(before, after)
-        return resized.T.contiguous().to(device)
+    return resized_by_products(codes, token_map, "bicubic")
 
 
 def averaged(codes: Tensor, token_map: TokenMap) -> Tensor:
@@ -76,25 +56,27 @@ def averaged(codes: Tensor, token_map: TokenMap) -> Tensor:
     sides = zip(codes.shape[2:], token_map, strict=True)
     if codes.device.type != "mps" or all(before % after == 0 for before, after in sides):
         return F.interpolate(codes, size=token_map, mode="area")
-    return averaged_by_products(codes, token_map)
+    return resized_by_products(codes, token_map, "area")
 
 
-def averaged_by_products(codes: Tensor, token_map: TokenMap) -> Tensor:
-    """Return what `averaged` does, in float32."""
+def resized_by_products(codes: Tensor, token_map: TokenMap, mode: str) -> Tensor:
+    """Return codes (B, D, h, w) resized to a token map as `F.interpolate` does in a mode, in float32."""
     down, across = (
-        area_weights(before, after, codes.device)
+        resizing_weights(before, after, mode, codes.device)
         for before, after in zip(codes.shape[2:], token_map, strict=True)
     )
-    return down @ (codes.float() @ across.mT)
+    with torch.autocast(codes.device.type, enabled=False):
+        return down @ (codes.float() @ across.mT)
 
 
 @functools.lru_cache(maxsize=256)
-def area_weights(before: int, after: int, device: torch.device) -> Tensor:
-    """Return the matrix (after, before) that averages a side. Nobody may change it: it is remembered."""
+def resizing_weights(before: int, after: int, mode: str, device: torch.device) -> Tensor:
+    """Return the matrix (after, before) that resizes a side. Nobody may change it: it is remembered."""
+    # Outside inference mode, whose tensors no training could use later.
     with torch.inference_mode(False), torch.no_grad():
         lines = torch.eye(before).view(before, 1, 1, before)
-        averages = F.interpolate(lines, size=(1, after), mode="area").view(before, after)
-        return averages.T.contiguous().to(device)
+        resized = F.interpolate(lines, size=(1, after), mode=mode).view(before, after)
+        return resized.T.contiguous().to(device)
 
 
 class Phi(nn.Module):

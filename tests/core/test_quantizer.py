@@ -16,9 +16,8 @@ from star_core.quantizer import (
     MultiScaleQuantizer,
     Phi,
     averaged,
-    averaged_by_products,
-    enlarged_by_products,
     phi_index,
+    resized_by_products,
 )
 
 RECTANGLES = ((1, 1), (2, 3), (3, 4), (4, 6))
@@ -119,7 +118,7 @@ def test_averages_by_products_are_those_of_the_areas(token_map: tuple[int, int])
     # Where a side is no multiple of the smaller one Apple's GPUs have nothing else.
     codes = torch.randn(2, 8, 15, 16, generator=torch.Generator().manual_seed(3))
     expected = F.interpolate(codes, size=token_map, mode="area")
-    torch.testing.assert_close(averaged_by_products(codes, token_map), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(resized_by_products(codes, token_map, "area"), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(averaged(codes, token_map), expected)
 
 
@@ -206,6 +205,8 @@ def test_features_are_not_edited_in_place(quantizer: MultiScaleQuantizer):
 def test_products_resize_as_bicubic_interpolation_does(before):
     codes = torch.randn(3, 4, *before, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(codes, size=(16, 12), mode="bicubic")
-    torch.testing.assert_close(enlarged_by_products(codes, (16, 12)), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(resized_by_products(codes, (16, 12), "bicubic"), expected, atol=2e-6, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(enlarged_by_products(codes, (16, 12)), expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            resized_by_products(codes, (16, 12), "bicubic"), expected, atol=2e-6, rtol=1e-5
+        )
