@@ -107,6 +107,8 @@ def modes(*, sampler: bool) -> list[Mode]:
         Mode("fast, int8", "fast", same, eight_bit="int8"),
         Mode("fp8", "official-512", same, eight_bit="fp8"),
         Mode("fast, fp8", "fast", same, eight_bit="fp8"),
+        Mode("fastest", "fastest", same),
+        Mode("fastest, fp8", "fastest", same, eight_bit="fp8"),
     ]
     refined = [
         Mode("exact, sampler", "official-1024", same),

@@ -20,7 +20,7 @@ HOW_TO_WRITE = (
     " One line per quantity: its name, then values from coarse to fine; 600*9 repeats, one value serves all"
     " scales. maps (optional) says which token maps it is for; a model with others refuses it, unless a line"
     " stretch yes lets it take the nearest scale's values. A preset's name alone is allowed: official-256,"
-    " official-512, official-1024, demo-1024, sampler, old, top-k, smooth, fast, fast-1024."
+    " official-512, official-1024, demo-1024, sampler, old, top-k, smooth, fast, fast-1024, fastest."
 )
 MODEL_TOOLTIP = "Optional: tells the editor the model's sides, and has the text checked against it at once."
 

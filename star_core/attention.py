@@ -89,7 +89,8 @@ class KVCache:
 class TextKeys(NamedTuple):
     """What one block's cross-attention reads of the text: keys and values (B, H, T, head_width).
 
-    `mask` (B, 1, 1, T) is True at real tokens; padding is masked in training and inference. None: no padding.
+    `mask` (B, 1, 1, T) is what a score has added: 0 at real tokens, -inf at padding, which is masked in
+    training and inference. None: no padding.
     """
 
     keys: Tensor
@@ -199,7 +200,11 @@ class CrossAttention(nn.Module):
         k, v = self.kv(hidden).chunk(2, dim=-1)
         v = v + self.v_bias.to(v)
         k, v = (rearrange(t, "b t (h d) -> b h t d", h=self.heads) for t in (k, v))
-        spread = rearrange(mask, "b t -> b 1 1 t") if mask is not None else None
+        spread: Tensor | None = None
+        if mask is not None:
+            # Added here once: of a mask of truth values attention makes the same, for every scale anew.
+            closed = torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, -math.inf)
+            spread = rearrange(closed, "b t -> b 1 1 t")
         # In float32: padding has keys of length 0, and the floor under a length is 0 in float16.
         return TextKeys(F.normalize(k.float(), dim=-1).to(k.dtype), v, spread)
 

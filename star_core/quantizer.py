@@ -22,8 +22,6 @@ from .config import TokenMap
 PHI_COUNT = 4
 PHI_RATIO = 0.5
 COMMITMENT = 0.25
-BATCH_OF_PRODUCTS = 128
-"""Pictures from which on a GPU resizes token maps by products: trainings have as many, drawings seldom."""
 
 
 def phi_index(scale: int, scales: int) -> int:
@@ -39,10 +37,10 @@ def phi_index(scale: int, scales: int) -> int:
 def enlarged(codes: Tensor, token_map: TokenMap) -> Tensor:
     """Return codes (B, D, h, w) resized to a token map by bicubic interpolation, (B, D, H, W).
 
-    PyTorch's on a GPU has one thread per place for all pictures and channels: for hundreds of pictures products
-    with the interpolation's weights are a hundred times as fast, and equal up to rounding.
+    PyTorch's on a GPU has one thread per place for all pictures and channels: products with the interpolation's
+    weights are equal up to rounding, and for hundreds of pictures a hundred times as fast.
     """
-    if codes.device.type != "cuda" or codes.shape[0] < BATCH_OF_PRODUCTS:
+    if codes.device.type != "cuda":
         return F.interpolate(codes, size=token_map, mode="bicubic")
     return resized_by_products(codes, token_map, "bicubic")
 

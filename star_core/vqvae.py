@@ -41,7 +41,26 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-@fused(on_cpu="cpu.convolved_onto")
+@fused("convolutions.convolved")
+def convolved(x: Tensor, conv: nn.Module) -> Tensor:
+    """Return conv(x) of x (B, C, h, w)."""
+    made: Tensor = conv(x)
+    return made
+
+
+@fused("convolutions.conv_norm_silu")
+def conv_norm_silu(x: Tensor, conv: nn.Module, norm: nn.GroupNorm) -> Tensor:
+    """Return silu(norm(conv(x))) of x (B, C, h, w)."""
+    return norm_silu(conv(x), norm)
+
+
+@fused("convolutions.doubled")
+def doubled(x: Tensor) -> Tensor:
+    """Return x (B, C, h, w) with each number four times, (B, C, 2 h, 2 w)."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+@fused("convolutions.convolved_onto", on_cpu="cpu.convolved_onto")
 def convolved_onto(total: Tensor, x: Tensor, conv: nn.Module) -> Tensor:
     """Return total (B, C', h, w) + conv(x), written into `total` where no gradients are wanted."""
     made: Tensor = conv(x)
@@ -69,8 +88,7 @@ class ResidualBlock(nn.Module):
         """Map (B, C, h, w) to (B, C', h, w)."""
         if worth_slicing(x):
             return self._in_strips(x)
-        h: Tensor = self.conv1(norm_silu(x, self.norm1))
-        h = norm_silu(h, self.norm2)
+        h = conv_norm_silu(norm_silu(x, self.norm1), self.conv1, self.norm2)
         return convolved_onto(self.shortcut(x), h, self.conv2)
 
     def _in_strips(self, x: Tensor) -> Tensor:
@@ -123,8 +141,7 @@ class Upsample(nn.Module):
         """Map (B, C, h, w) to (B, C, 2 h, 2 w)."""
         if worth_slicing(x, 2):
             return enlarged_conv(x, self.conv)
-        doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return doubled
+        return convolved(doubled(x), self.conv)
 
 
 class Level(nn.Module):
@@ -233,8 +250,7 @@ class Decoder(nn.Module):
             x = level(x)
         if worth_slicing(x):
             return norm_silu_conv(x, self.norm_out, self.conv_out, channels=3)
-        pictures: Tensor = self.conv_out(norm_silu(x, self.norm_out))
-        return pictures
+        return convolved(norm_silu(x, self.norm_out), self.conv_out)
 
 
 class VQVAE(nn.Module):

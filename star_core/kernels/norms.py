@@ -2,81 +2,44 @@
 
 PyTorch's own on CUDA takes channels first: around each one a picture is turned over and back. Here it is read
 twice and written once, as it lies: moments of pieces of it, the pieces put together, then the numbers scaled.
-
-In memory a picture is (positions, channels). Some positions count as one row, so that a power of two, up to
-CHUNK, divides a row: programs then need no masks along it and read and write in the widest pieces. What a row
-holds twice of a channel meets again when the pieces are put together.
+What a row holds twice of a channel (`channels.Cut`) meets again when the pieces are put together.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CHUNK = 128
-"""Numbers of a row that a program takes, 256 bytes of the halves."""
-LEAST_CHUNK = 4
-TILE = 4096
-"""Numbers that a program holds: 16 per thread at 8 warps."""
-WARPS = 8
+from .channels import WARPS, Cut, channels_last, cut_of, reads_its_own
+
 PROGRAMS = 1024
 """Programs that share the moments of a batch; of more, putting their pieces together takes longer."""
 TOGETHER = 2048
 """Moments that a program puts together at a time."""
 
 
-CHANGING = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
-"""What ComfyUI's layers hold where their weights are to be changed as they compute."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How programs divide pictures (B, C, h, w) of (positions, C) each in memory."""
-
-    fold: int
-    """Positions of a row."""
-    rows: int
-    width: int
-    chunk: int
-
-    @property
-    def block(self) -> int:
-        """Rows that a program holds."""
-        return TILE // self.chunk
-
-    @property
-    def columns(self) -> int:
-        return self.width // self.chunk
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.rows // self.block)
-
-
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor | None:
     """Do what `vqvae.norm_silu` does."""
-    return _normalised(x, norm, activate=True)
+    return normalised_with(x, norm, None, activate=True)
 
 
 def normalised(x: Tensor, norm: nn.GroupNorm) -> Tensor | None:
     """Do what `vqvae.normalised` does."""
-    return _normalised(x, norm, activate=False)
+    return normalised_with(x, norm, None, activate=False)
 
 
-def _normalised(x: Tensor, norm: nn.GroupNorm, *, activate: bool) -> Tensor | None:
-    fits = x.ndim == 4 and x.dtype in DTYPES and x.numel() > 0
-    if not (fits and x.is_contiguous(memory_format=torch.channels_last) and _reads_its_own(norm, x)):
+def normalised_with(x: Tensor, norm: nn.GroupNorm, bias: Tensor | None, *, activate: bool) -> Tensor | None:
+    """Return norm(x + bias) of x (B, C, h, w), bias (C,), its silu with `activate`; None where it is not
+    made for x. A bias takes no pass over memory of its own: it moves means, and nothing else."""
+    if x.ndim != 4 or not channels_last(x) or not reads_its_own(norm, nn.GroupNorm, x):
         return None
     batch, channels, height, width = x.shape
-    cut = _cut(height * width, channels)
-    if cut.chunk < LEAST_CHUNK:
+    cut = cut_of(height * width, channels)
+    if cut is None:
         return None
-    affine = _affine(x, norm, cut)
+    affine = _affine(x, norm, bias, cut)
     out = torch.empty_like(x)
     _applied[cut.columns * cut.blocks, batch](
         x,
@@ -93,8 +56,8 @@ def _normalised(x: Tensor, norm: nn.GroupNorm, *, activate: bool) -> Tensor | No
     return out
 
 
-def _affine(x: Tensor, norm: nn.GroupNorm, cut: Cut) -> Tensor:
-    """Return the scales and shifts (B, 2, C), float32, with which x * scale + shift is norm(x)."""
+def _affine(x: Tensor, norm: nn.GroupNorm, bias: Tensor | None, cut: Cut) -> Tensor:
+    """Return the scales and shifts (B, 2, C), float32, with which x * scale + shift is norm(x + bias)."""
     batch, channels = x.shape[:2]
     wanted = triton.cdiv(PROGRAMS, cut.columns * batch)
     turns = triton.cdiv(cut.blocks, wanted)
@@ -110,6 +73,7 @@ def _affine(x: Tensor, norm: nn.GroupNorm, cut: Cut) -> Tensor:
         moments,
         norm.weight,
         norm.bias,
+        norm.bias if bias is None else bias,
         affine,
         cut.rows,
         turns * cut.block,
@@ -121,42 +85,10 @@ def _affine(x: Tensor, norm: nn.GroupNorm, cut: Cut) -> Tensor:
         lanes=lanes,
         own=triton.next_power_of_2(each),
         block=max(1, TOGETHER // lanes),
+        biased=bias is not None,
         num_warps=4,
     )
     return affine
-
-
-def _cut(positions: int, channels: int) -> Cut:
-    fold = 1
-    while _power_in(channels * fold) < CHUNK and positions % (2 * fold) == 0:
-        fold *= 2
-    return Cut(fold, positions // fold, channels * fold, min(CHUNK, _power_in(channels * fold)))
-
-
-def _power_in(number: int) -> int:
-    """Return the largest power of two that divides a number."""
-    return number & -number
-
-
-def _reads_its_own(norm: nn.GroupNorm, x: Tensor) -> bool:
-    """Whether a layer would normalise x with its weights just as they are, and nobody watches it.
-
-    ComfyUI's layers bring weights from elsewhere, or change them by the functions named here, as they compute.
-    """
-    kind = type(norm)
-    known = kind.forward is nn.GroupNorm.forward or hasattr(kind, "weight_function")
-    if not known or norm.weight is None or norm.bias is None:
-        return False
-    pending = [getattr(norm, name, None) for name in CHANGING]
-    if any(pending) or norm._forward_hooks or norm._forward_pre_hooks:
-        return False
-    return all(
-        w.device == x.device
-        and w.dtype in DTYPES
-        and w.is_contiguous()
-        and not (w.requires_grad and torch.is_grad_enabled())
-        for w in (norm.weight, norm.bias)
-    )
 
 
 @triton.jit(do_not_specialize=["rows", "turns"])
@@ -213,6 +145,7 @@ def _put_together(
     moments: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
+    before: tl.tensor,
     affine: tl.tensor,
     rows: tl.tensor,
     span: tl.tensor,
@@ -224,10 +157,11 @@ def _put_together(
     lanes: tl.constexpr,
     own: tl.constexpr,
     block: tl.constexpr,
+    biased: tl.constexpr,
 ) -> None:
     """Write scale and shift of a group's `each` channels from all pieces, of `span` rows each.
 
-    Grid: groups, pictures.
+    biased: the numbers are to have `before` (C,) added first. Grid: groups, pictures.
     """
     group = tl.program_id(0)
     picture = tl.program_id(1).to(tl.int64)
@@ -245,6 +179,8 @@ def _put_together(
         there = known & (piece < pieces)
         source = moments + (picture * pieces + piece) * (2 * width) + column
         new_mean = tl.load(source, mask=there, other=0.0)
+        if biased:
+            new_mean += tl.load(before + group * each + lane % each, mask=known, other=0.0).to(tl.float32)
         new_squares = tl.load(source + width, mask=there, other=0.0)
         new = tl.where(piece < pieces, tl.minimum(rows - piece * span, span), 0).to(tl.float32)
         total = count + new
@@ -265,6 +201,8 @@ def _put_together(
     channel = group * each + one
     scale = tl.load(weight + channel, mask=one < each, other=0.0).to(tl.float32) * deviation
     shift = tl.load(bias + channel, mask=one < each, other=0.0).to(tl.float32) - middle * scale
+    if biased:
+        shift += tl.load(before + channel, mask=one < each, other=0.0).to(tl.float32) * scale
     to = affine + picture * (2 * channels) + channel
     tl.store(to, scale, mask=one < each)
     tl.store(to + channels, shift, mask=one < each)

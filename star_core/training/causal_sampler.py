@@ -34,6 +34,7 @@ from .optimizers import descend, muon_and_adamw
 from .options import (
     add_compile_argument,
     add_corruption_argument,
+    add_plain_captions_argument,
     add_run_arguments,
     add_workers_argument,
     at_least,
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f" {SETTLED_VARIANTS} count as {SETTLED_VARIANTS}",
     )
     add_corruption_argument(parser)
+    add_plain_captions_argument(parser)
     parser.add_argument(
         "--masks",
         type=at_least(1, "masks"),

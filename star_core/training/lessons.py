@@ -74,11 +74,14 @@ class Planner(Dataset[Plan]):
         tokenize: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
         variants: int,
         seed: int,
+        plain: float = 0.0,
     ) -> None:
+        """plain: the share of captions that are the plain one, whatever else a random one would have said."""
         self._records = records
         self._tokenize = tokenize
         self._variants = variants
         self._seed = seed
+        self._plain = plain
 
     def __getitem__(self, item: tuple[int, Tensor]) -> Plan:
         """Return the plan of a step with these pictures (B,)."""
@@ -99,7 +102,12 @@ class Planner(Dataset[Plan]):
         record = self._records[index]
         if rng is None:
             return plain_caption(record)
-        return "" if rng.random() < PROMPT_DROPOUT else random_caption(record, rng)
+        if rng.random() < PROMPT_DROPOUT:
+            return ""
+        # Not asked where the answer is known: a run without plain ones draws what it always has.
+        if self._plain > 0 and rng.random() < self._plain:
+            return plain_caption(record)
+        return random_caption(record, rng)
 
     def plans(self, batches: Iterable[Tensor], first_step: int, workers: int) -> Iterable[Plan]:
         """Return the plans of batches of pictures (B,), the first of which is step `first_step`'s.
@@ -128,6 +136,7 @@ class Lessons:
         *,
         variants: int = 1,
         corruption: float = 0.0,
+        plain: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.data = data
@@ -135,7 +144,7 @@ class Lessons:
         self.device = device
         self.text_encoder = text_encoder
         self.quantizer: MultiScaleQuantizer = vqvae.quantizer
-        self.planner = Planner(data.records, text_encoder.words.tokenize, variants, seed)
+        self.planner = Planner(data.records, text_encoder.words.tokenize, variants, seed, plain)
         self.corruption = TokenCorruption(self.quantizer, maps, corruption)
         self._seed = seed
         pictures = PictureStore(data.pictures, device)
@@ -204,6 +213,7 @@ def lessons_for(
         torch.device(args.device),
         variants=variants,
         corruption=args.corruption,
+        plain=args.plain_captions,
         seed=args.seed,
     )
 

@@ -148,3 +148,14 @@ def add_corruption_argument(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="largest share of a picture's tokens that are shown wrong, for the next scales to make up for",
     )
+
+
+def add_plain_captions_argument(parser: argparse.ArgumentParser) -> None:
+    """Add how many captions are plain."""
+    parser.add_argument(
+        "--plain-captions",
+        type=share,
+        default=0.0,
+        help="share of captions that name style and label alone, as prompts do; the others are reworded at"
+        " random, and about four in ten of those name both",
+    )

@@ -37,6 +37,7 @@ from .optimizers import WEIGHT_DECAY, descend, muon_and_adamw
 from .options import (
     add_compile_argument,
     add_corruption_argument,
+    add_plain_captions_argument,
     add_run_arguments,
     add_workers_argument,
     at_least,
@@ -82,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " resized, too; about half are mirrored",
     )
     add_corruption_argument(parser)
+    add_plain_captions_argument(parser)
     parser.add_argument(
         "--dropout", type=share, default=0.0, help="share of what each block adds that a step leaves out"
     )

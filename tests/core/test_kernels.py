@@ -237,7 +237,7 @@ TYPES = {
     **dict.fromkeys(("log_scale", "cos", "sin"), "*fp32"),
     **dict.fromkeys(("logits", "uniform", "confidence", "conditional", "unconditional", "guided"), "*fp32"),
     **dict.fromkeys(("sharpness", "dropped", "towards", "away", "eps", "scale"), "fp32"),
-    **dict.fromkeys(("x", "out", "weight", "bias", "weights"), "*bf16"),
+    **dict.fromkeys(("x", "out", "weight", "bias", "before", "weights"), "*bf16"),
     **dict.fromkeys(("moments", "affine", "scores"), "*fp32"),
     "drawn": "*i64",
 }
@@ -250,12 +250,21 @@ BUILDS = {
     "sampling._draw": {"block": 4096, "by_count": True, "by_mass": True},
     "sampling._guide": {"block": 2048},
     "norms._moments": {"width": 640, "chunk": 128, "block": 32},
-    "norms._put_together": {"channels": 160, "each": 5, "fold": 4, "lanes": 32, "own": 8, "block": 64},
+    "norms._put_together": {
+        "channels": 160,
+        "each": 5,
+        "fold": 4,
+        "lanes": 32,
+        "own": 8,
+        "block": 64,
+        "biased": True,
+    },
     "norms._applied": {"width": 640, "channels": 160, "chunk": 128, "block": 32, "activate": True},
+    "convolutions._sums": {"width": 640, "channels": 160, "chunk": 128, "block": 32, "onto": True},
     "wide._softmax": {"block": 4096},
     "rounding._round_rows": {"block": 8192},
 }
-WHOLE_PICTURES = ("norms._moments", "norms._applied")
+WHOLE_PICTURES = ("norms._moments", "norms._applied", "convolutions._sums")
 """Kernels whose speed is that of memory: every number of a picture comes in a piece of 16 bytes."""
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star_core import kernels
-from star_core.kernels import norms, references_only, wide
+from star_core.kernels import channels, convolutions, norms, references_only, wide
 from star_core.vqvae import LAYOUT, VQVAE, SpatialAttention
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels.py runs this file, in Triton's interpreter"
@@ -93,7 +93,7 @@ def test_pictures_are_normalised_as_the_reference_does(case: str, dtype: torch.d
 @pytest.mark.parametrize(("programs", "tile"), [(1, 512), (7, 1024), (4096, 256)])
 def test_however_the_work_is_divided(monkeypatch: pytest.MonkeyPatch, programs: int, tile: int):
     monkeypatch.setattr(norms, "PROGRAMS", programs)
-    monkeypatch.setattr(norms, "TILE", tile)
+    monkeypatch.setattr(channels, "TILE", tile)
     monkeypatch.setattr(norms, "TOGETHER", 256)
     for shape in ((1, 40, 11, 13), (2, 40, 10, 12), (1, 80, 9, 8)):
         x, norm = picture(*shape), layer(8, shape[1])
@@ -177,6 +177,91 @@ def test_a_layer_that_computes_something_else_or_is_watched_computes_itself():
     assert norms.norm_silu(x, norm) is not None
 
 
+CONVOLUTION_KERNELS = ("convolved", "conv_norm_silu", "convolved_onto", "doubled")
+CONVOLUTIONS = {
+    "as many channels": ((1, 40, 9, 6), 40, 3),
+    "more": ((2, 16, 5, 7), 64, 3),
+    "a batch of odd sides": ((3, 24, 7, 3), 12, 3),
+    "of one place": ((2, 32, 6, 4), 80, 1),
+}
+
+
+def convolution(
+    channels_in: int, channels_out: int, side: int, dtype: torch.dtype = torch.float32
+) -> nn.Conv2d:
+    conv = nn.Conv2d(channels_in, channels_out, side, padding=side // 2).requires_grad_(False)
+    conv.weight.copy_(normal(5, *conv.weight.shape) / conv.weight[0].numel() ** 0.5)
+    conv.bias.copy_(3 * normal(6, channels_out))
+    return conv.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_are_the_reference_s(case: str, dtype: torch.dtype):
+    shape, out, side = CONVOLUTIONS[case]
+    x, conv, norm = picture(*shape, dtype=dtype), convolution(shape[1], out, side, dtype), layer(4, out, dtype)
+    total = normal(7, shape[0], out, *shape[2:]).to(dtype).contiguous(memory_format=LAYOUT)
+    exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=side // 2)
+    error = {torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    summed = exact + total.double()
+    for ours, theirs in (
+        (convolutions.convolved(x, conv), exact),
+        (convolutions.conv_norm_silu(x, conv, norm), F.silu(expected(exact, norm))),
+        (convolutions.convolved_onto(total, x, conv), summed),
+    ):
+        assert_near(ours, theirs, error)
+        assert ours.dtype == dtype
+        assert ours.is_contiguous(memory_format=LAYOUT)
+    assert_near(total, summed, error)  # in its place
+
+
+def test_a_bias_much_larger_than_what_it_moves_loses_no_digits_of_the_norm():
+    x, conv, norm = picture(1, 32, 8, 6), convolution(32, 64, 3), layer(8, 64)
+    conv.bias.mul_(1000)
+    exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    assert_near(convolutions.conv_norm_silu(x, conv, norm), F.silu(expected(exact, norm)), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_convolution_to_a_few_channels(dtype: torch.dtype):
+    x, conv = picture(2, 16, 6, 5, dtype=dtype), convolution(16, 3, 3, dtype)
+    ours = convolutions.convolved(x, conv)
+    assert ours.shape == (2, 3, 6, 5)
+    assert_near(ours, F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1), ERROR[dtype])
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("shape", [(1, 4, 3, 5), (2, 40, 1, 1), (3, 12, 4, 2)], ids=str)
+def test_doubled_maps_hold_each_number_four_times(shape: tuple[int, ...], dtype: torch.dtype):
+    x = picture(*shape, dtype=dtype)
+    ours = convolutions.doubled(x)
+    assert torch.equal(ours, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert ours.is_contiguous(memory_format=LAYOUT)
+    assert convolutions.doubled(x[:, :3].contiguous(memory_format=LAYOUT)) is None
+
+
+def test_convolutions_that_are_made_otherwise_are_left_to_the_reference():
+    x, conv = picture(1, 16, 6, 5), convolution(16, 16, 3)
+    total = picture(1, 16, 6, 5)
+    assert convolutions.convolved(x, conv) is not None
+    assert convolutions.convolved(x.contiguous(), conv) is None
+    assert convolutions.convolved_onto(total.contiguous(), x, conv) is None
+    assert convolutions.convolved_onto(total.bfloat16(), x, conv) is None
+    assert convolutions.convolved(x.bfloat16(), conv) is None, "whose weights are to be cast"
+    with torch.autocast("cpu"):
+        assert convolutions.convolved(x, conv) is None
+    for other in (
+        nn.Conv2d(16, 16, 3, padding="same"),
+        nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(16, 16, 3, padding=2, dilation=2),
+        nn.Conv2d(16, 16, 3, padding=1, groups=4),
+        nn.Conv2d(16, 16, 3, padding=1, bias=False),
+    ):
+        assert convolutions.convolved(x, other.requires_grad_(False)) is None
+    conv.register_forward_hook(lambda *_: None)
+    assert convolutions.convolved(x, conv) is None
+
+
 @pytest.mark.parametrize(
     ("batch", "heads", "tokens", "width"), [(1, 1, 35, 640), (2, 1, 1, 260), (2, 3, 17, 320)]
 )
@@ -199,6 +284,7 @@ def test_whole_pictures_are_the_reference_s(paired: object, served: list[str]):
     ours = vqvae.pictures(f_hat)
     features = vqvae.encode(2 * ours - 1)
     assert {"norms.norm_silu", "norms.normalised"} <= set(served)
+    assert {f"convolutions.{name}" for name in CONVOLUTION_KERNELS} <= set(served)
     assert not kernels.given_up()
     served.clear()
     with references_only():
