@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import TokenMap
+from .transfer import upload
 
 PHI_COUNT = 4
 PHI_RATIO = 0.5
@@ -74,7 +75,7 @@ def resizing_weights(before: int, after: int, mode: str, device: torch.device) -
     with torch.inference_mode(False), torch.no_grad():
         lines = torch.eye(before).view(before, 1, 1, before)
         resized = F.interpolate(lines, size=(1, after), mode=mode).view(before, after)
-        return resized.T.contiguous().to(device)
+        return upload(resized.T.contiguous(), device)
 
 
 class Phi(nn.Module):

@@ -49,7 +49,7 @@ ALLOWED = {
     "eight_bit": {"fp8", "int8"},
     "sampling": {"kernels", "transfer"},
     "attention": {"kernels", "rope"},
-    "quantizer": {"config"},
+    "quantizer": {"config", "transfer"},
     "vqvae": {"config", "kernels", "quantizer", "slices"},
     "transformer": {"attention", "config", "kernels", "rope", "transfer"},
     "causal_sampler": {"config", "rope", "sampling", "schedule", "transfer", "transformer"},

@@ -1,8 +1,8 @@
 """The VQ-VAE's convolutions on a GPU, with as few passes over memory beside cuDNN's product as there can be.
 
 PyTorch adds a convolution's bias in a pass of its own, number by number. Here normalisation takes it in, or the
-sum with what the result is added to. A convolution to fewer channels than FEWEST, which cuDNN leaves to a slow
-general kernel, makes FEWEST of them; doubling a map's sides copies in pieces of 8 bytes.
+sum with what the result is added to. The one to three channels, which cuDNN leaves to a slow general kernel,
+has a kernel of its own; doubling a map's sides copies in pieces of 8 bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from .channels import WARPS, channels_last, cut_of, reads_its_own
 from .norms import normalised_with
 
-FEWEST = 8
-"""Channels of the halves that tensor cores make together."""
+FEWEST = 16
+"""Columns that tensor cores make together; of fewer channels the others are zeros."""
+PIXELS = 128
+"""Of a row, that a program makes a few channels of."""
 PIECE = torch.int64
 """What several numbers are copied as."""
 
@@ -28,11 +30,9 @@ def convolved(x: Tensor, conv: nn.Module) -> Tensor | None:
     """Do what `vqvae.convolved` does."""
     if not _serves(conv, x):
         return None
-    missing = FEWEST - conv.out_channels
-    if missing > 0 and x.element_size() == 2:
-        weight = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, missing))
-        made = F.conv2d(x, weight, F.pad(_bias(conv), (0, missing)), conv.stride, conv.padding)
-        return made[:, : conv.out_channels]
+    few = _to_few_channels(x, conv) if conv.out_channels < FEWEST else None
+    if few is not None:
+        return few
     made = _without_bias(x, conv)
     return _summed(made, _bias(conv), onto=None)
 
@@ -42,7 +42,7 @@ def conv_norm_silu(x: Tensor, conv: nn.Module, norm: nn.GroupNorm) -> Tensor | N
     if not _serves(conv, x):
         return None
     made = _without_bias(x, conv)
-    normed = normalised_with(made, norm, _bias(conv), activate=True)
+    normed = normalised_with(made, norm, _bias(conv), activate=True, out=made)
     if normed is not None:
         return normed
     total = _summed(made, _bias(conv), onto=None)
@@ -122,6 +122,80 @@ def _summed(x: Tensor, bias: Tensor, onto: Tensor | None) -> Tensor | None:
         num_warps=WARPS,
     )
     return total
+
+
+def _to_few_channels(x: Tensor, conv: nn.Conv2d) -> Tensor | None:
+    """Return conv(x), channels last; None where it is not one of halves, 3x3 and of the same sides."""
+    batch, channels, height, width = x.shape
+    depth = min(64, channels & -channels)
+    alike = (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+    if not alike or x.element_size() != 2 or depth < 16:
+        return None
+    taps = F.pad(conv.weight.permute(2, 3, 1, 0), (0, FEWEST - conv.out_channels)).contiguous()
+    out = torch.empty(
+        batch,
+        conv.out_channels,
+        height,
+        width,
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    _few_channels[triton.cdiv(width, PIXELS), height, batch](
+        x,
+        taps,
+        _bias(conv),
+        out,
+        height,
+        width,
+        channels=channels,
+        outputs=conv.out_channels,
+        columns=FEWEST,
+        pixels=PIXELS,
+        depth=depth,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def _few_channels(
+    x: tl.tensor,
+    taps: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.constexpr,
+    outputs: tl.constexpr,
+    columns: tl.constexpr,
+    pixels: tl.constexpr,
+    depth: tl.constexpr,
+) -> None:
+    """Write a 3x3 convolution of x (B, h, w, channels) by taps (3, 3, channels, columns), (B, h, w, outputs).
+
+    Grid: pieces of a row, rows, pictures. `depth` channels go into a product at a time.
+    """
+    pixel = tl.program_id(0) * pixels + tl.arange(0, pixels)
+    row = tl.program_id(1)
+    picture = x + tl.program_id(2).to(tl.int64) * height * width * channels
+    column = tl.arange(0, columns)
+    channel = tl.arange(0, depth)
+    total = tl.zeros((pixels, columns), tl.float32)
+    for tap in tl.static_range(9):
+        # A row for each pixel: the interpreter takes no single one for a mask.
+        y, across = tl.zeros_like(pixel) + row + tap // 3 - 1, pixel + tap % 3 - 1
+        there = (y >= 0) & (y < height) & (across >= 0) & (across < width)
+        at = picture + (y.to(tl.int64) * width + across)[:, None] * channels + channel[None, :]
+        weights = taps + (tap * channels + channel)[:, None] * columns + column[None, :]
+        for first in tl.static_range(0, channels, depth):
+            seen = tl.load(at + first, mask=there[:, None], other=0.0)
+            total += tl.dot(seen, tl.load(weights + first * columns))
+    wanted = column < outputs
+    total += tl.load(bias + column, mask=wanted, other=0.0).to(tl.float32)[None, :]
+    start = (tl.program_id(2).to(tl.int64) * height + row) * width
+    to = out + (start + pixel)[:, None] * outputs + column[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=(pixel < width)[:, None] & wanted[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])

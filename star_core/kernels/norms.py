@@ -30,9 +30,14 @@ def normalised(x: Tensor, norm: nn.GroupNorm) -> Tensor | None:
     return normalised_with(x, norm, None, activate=False)
 
 
-def normalised_with(x: Tensor, norm: nn.GroupNorm, bias: Tensor | None, *, activate: bool) -> Tensor | None:
+def normalised_with(
+    x: Tensor, norm: nn.GroupNorm, bias: Tensor | None, *, activate: bool, out: Tensor | None = None
+) -> Tensor | None:
     """Return norm(x + bias) of x (B, C, h, w), bias (C,), its silu with `activate`; None where it is not
-    made for x. A bias takes no pass over memory of its own: it moves means, and nothing else."""
+    made for x. A bias takes no pass over memory of its own: it moves means, and nothing else.
+
+    out: where it is written, x itself if that may be used up.
+    """
     if x.ndim != 4 or not channels_last(x) or not reads_its_own(norm, nn.GroupNorm, x):
         return None
     batch, channels, height, width = x.shape
@@ -40,7 +45,7 @@ def normalised_with(x: Tensor, norm: nn.GroupNorm, bias: Tensor | None, *, activ
     if cut is None:
         return None
     affine = _affine(x, norm, bias, cut)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     _applied[cut.columns * cut.blocks, batch](
         x,
         affine,

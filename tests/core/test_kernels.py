@@ -237,7 +237,7 @@ TYPES = {
     **dict.fromkeys(("log_scale", "cos", "sin"), "*fp32"),
     **dict.fromkeys(("logits", "uniform", "confidence", "conditional", "unconditional", "guided"), "*fp32"),
     **dict.fromkeys(("sharpness", "dropped", "towards", "away", "eps", "scale"), "fp32"),
-    **dict.fromkeys(("x", "out", "weight", "bias", "before", "weights"), "*bf16"),
+    **dict.fromkeys(("x", "out", "weight", "bias", "before", "weights", "taps"), "*bf16"),
     **dict.fromkeys(("moments", "affine", "scores"), "*fp32"),
     "drawn": "*i64",
 }
@@ -261,6 +261,9 @@ BUILDS = {
     },
     "norms._applied": {"width": 640, "channels": 160, "chunk": 128, "block": 32, "activate": True},
     "convolutions._sums": {"width": 640, "channels": 160, "chunk": 128, "block": 32, "onto": True},
+    "convolutions._few_channels": {
+        **{"channels": 160, "outputs": 3, "columns": 16, "pixels": 128, "depth": 32},
+    },
     "wide._softmax": {"block": 4096},
     "rounding._round_rows": {"block": 8192},
 }
