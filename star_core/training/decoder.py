@@ -22,6 +22,7 @@ from ..config import VQVAEConfig, square_maps
 from ..evaluation.lpips import LPIPS, load_lpips
 from ..transfer import upload
 from ..vqvae import VQVAE
+from ..weights import read_pickle
 from .augmentation import pixel_sources
 from .captions import plain_caption
 from .discriminator import Adversary, FeatureNetwork, adaptive_weight, feature_distance
@@ -86,6 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first steps (of --steps) in which the discriminator learns and the decoder does not yet follow",
     )
     parser.add_argument(
+        "--judge",
+        type=Path,
+        help="checkpoint.pt of another decoder's run, whose discriminator a new run goes on with: it can tell"
+        " drawn pictures already",
+    )
+    parser.add_argument(
         "--model",
         type=Path,
         help="a star.safetensors that redraws the pictures' last scales: the decoder learns from both",
@@ -130,6 +137,34 @@ def check_adversary(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--head-start {args.head_start}: of {args.steps} steps it can be 0 to {args.steps - 1}"
         )
+    if args.judge is not None and not args.adversarial:
+        raise ValueError(f"--judge {args.judge} is a discriminator's: give --adversarial, or leave it out")
+
+
+def read_judge(args: argparse.Namespace) -> Mapping[str, Any] | None:
+    """Return the discriminator of another run, None where none is asked for.
+
+    Raises ValueError for a file that holds none.
+    """
+    if args.judge is None:
+        return None
+    state = read_pickle(args.judge)
+    stored: Mapping[str, Any] | None = state.get("adversary") if isinstance(state, Mapping) else None
+    if stored is None:
+        raise ValueError(
+            f"--judge {args.judge} holds no discriminator: give the checkpoint.pt of a run with one"
+        )
+    return stored
+
+
+def inherit_adversary(adversary: Adversary, stored: Mapping[str, Any], judge: Path) -> None:
+    """Go on with the discriminator of another run. Raises ValueError for one that sees with other networks."""
+    if len(adversary.discriminator.state_dict()) != len(stored["discriminator"]):
+        raise ValueError(
+            f"the discriminator in {judge} sees with other networks: give the same --matching, above 0 or 0"
+        )
+    adversary.resume(stored)
+    log.info("a discriminator of %d steps goes on", adversary.steps)
 
 
 def resume_adversary(args: argparse.Namespace, adversary: Adversary | None, state: Mapping[str, Any]) -> None:
@@ -219,6 +254,7 @@ def run(args: argparse.Namespace) -> None:
     use_threads(args)
     device = torch.device(args.device)
     check_adversary(args)
+    judge = read_judge(args)
     star = load_redrawing(args)
     torch.default_generator.manual_seed(args.seed)  # a training command owns its process
     stored = run_folder_file(args.tokenizer_run, "vqvae.safetensors")
@@ -241,13 +277,15 @@ def run(args: argparse.Namespace) -> None:
         check_same_sides(args, state)
         versions = stored_versions(args, state, own)
     else:
+        if adversary is not None and judge is not None:
+            inherit_adversary(adversary, judge, args.judge)
         captions = [plain_caption(data.records[row]) for row in train.tolist()]
         versions = token_versions(args, star, vqvae, own, captions)
         training.start_clock()
 
     def save() -> None:
         export(training.average, vqvae.config, args.run)
-        judge = None if adversary is None else adversary.state()
+        judging = None if adversary is None else adversary.state()
         drawn = {
             "versions": versions,
             "redrawn": redrawn_scales(args),
@@ -255,7 +293,7 @@ def run(args: argparse.Namespace) -> None:
             "redrawn_by": redrawn_by(args),
             "sides": args.sides,
         }
-        training.save({"adversary": judge, **drawn})
+        training.save({"adversary": judging, **drawn})
         real = pictures_of.take(held_out)
         found = held_out_psnr(training.average, vqvae.config, tokens[held_out], real, args.sides)
         log.info("step %d held-out PSNR %.2f dB", training.step, found)

@@ -400,6 +400,30 @@ def test_a_discriminator_may_join_a_run_and_a_patch_discriminator_is_refused(dat
         train(decoder, tmp_path, data, *options, "--adversarial", "0.5", steps=1000)
 
 
+def test_a_run_goes_on_with_the_discriminator_of_another(data, tokenizer_run, tmp_path):
+    options = ["--tokenizer-run", str(tokenizer_run), *SIDES]
+    judged = [*options, "--adversarial", "0.5", "--head-start", "3"]
+    first = train(decoder, tmp_path / "first", data, *judged, steps=4) / "checkpoint.pt"
+    run = train(decoder, tmp_path / "next", data, *judged, "--judge", str(first), steps=4)
+    ends = [torch.load(path, weights_only=True) for path in (first, run / "checkpoint.pt")]
+    assert [end["adversary"]["steps"] for end in ends] == [4, 8], "its head start is over"
+    one, other = (end["adversary"]["discriminator"] for end in ends)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    without = train(decoder, tmp_path / "without", data, *options, steps=1) / "checkpoint.pt"
+    for wrong, asked, said in (
+        (without, judged, "holds no discriminator"),
+        (tmp_path / "none.pt", judged, "no such file"),
+        (first, options, "give --adversarial"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train(decoder, tmp_path / "wrong", data, *asked, "--judge", str(wrong))
+    state = ends[0]
+    state["adversary"]["discriminator"].popitem()
+    torch.save(state, tmp_path / "others.pt")
+    with pytest.raises(ValueError, match="sees with other networks"):
+        train(decoder, tmp_path / "wrong", data, *judged, "--judge", str(tmp_path / "others.pt"), steps=4)
+
+
 def test_a_sampler_run_may_name_the_checkpoint_s_own_schedule(data, tokenizer_run, transformer_run, tmp_path):
     options = ["--tokenizer-run", str(tokenizer_run), "--transformer-run", str(transformer_run)]
     options += ["--text", str(SHIPPED), "--sampler-depth", "1"]
