@@ -202,7 +202,7 @@ class CrossAttention(nn.Module):
         k, v = (rearrange(t, "b t (h d) -> b h t d", h=self.heads) for t in (k, v))
         spread: Tensor | None = None
         if mask is not None:
-            # Added here once: of a mask of truth values attention makes the same, for every scale anew.
+            # Made once for all scales: of a mask of truth values attention makes the same at every call.
             closed = torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, -math.inf)
             spread = rearrange(closed, "b t -> b 1 1 t")
         # In float32: padding has keys of length 0, and the floor under a length is 0 in float16.

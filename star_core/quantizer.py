@@ -18,7 +18,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import TokenMap
-from .transfer import upload
 
 PHI_COUNT = 4
 PHI_RATIO = 0.5
@@ -59,7 +58,11 @@ def averaged(codes: Tensor, token_map: TokenMap) -> Tensor:
 
 
 def resized_by_products(codes: Tensor, token_map: TokenMap, mode: str) -> Tensor:
-    """Return codes (B, D, h, w) resized to a token map as `F.interpolate` does in a mode, in float32."""
+    """Return codes (B, D, h, w) resized to a token map as `F.interpolate` does in a mode, in float32.
+
+    On NVIDIA's GPUs in TF32 where the process allows that for products (`cuda.matmul.allow_tf32`, not by
+    default).
+    """
     down, across = (
         resizing_weights(before, after, mode, codes.device)
         for before, after in zip(codes.shape[2:], token_map, strict=True)
@@ -68,14 +71,15 @@ def resized_by_products(codes: Tensor, token_map: TokenMap, mode: str) -> Tensor
         return down @ (codes.float() @ across.mT)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def resizing_weights(before: int, after: int, mode: str, device: torch.device) -> Tensor:
-    """Return the matrix (after, before) that resizes a side. Nobody may change it: it is remembered."""
+    """Return the matrix (after, before) that resizes a side. Nobody may change it: it is remembered, for good,
+    since graphs know it by its address."""
     # Outside inference mode, whose tensors no training could use later.
     with torch.inference_mode(False), torch.no_grad():
         lines = torch.eye(before).view(before, 1, 1, before)
         resized = F.interpolate(lines, size=(1, after), mode=mode).view(before, after)
-        return upload(resized.T.contiguous(), device)
+        return resized.T.contiguous().to(device)
 
 
 class Phi(nn.Module):

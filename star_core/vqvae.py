@@ -24,8 +24,10 @@ LAYOUT = torch.channels_last
 
 
 @fused("norms.norm_silu")
-def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Return silu(norm(x)) of x (B, C, h, w)."""
+def norm_silu(x: Tensor, norm: nn.GroupNorm, bias: Tensor | None = None) -> Tensor:
+    """Return silu(norm(x + bias)) of x (B, C, h, w), bias (C,): x may be used up where there is one."""
+    if bias is not None:
+        x = x + bias.to(x).view(-1, 1, 1)
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
@@ -48,10 +50,10 @@ def convolved(x: Tensor, conv: nn.Module) -> Tensor:
     return made
 
 
-@fused("convolutions.conv_norm_silu")
-def conv_norm_silu(x: Tensor, conv: nn.Module, norm: nn.GroupNorm) -> Tensor:
-    """Return silu(norm(conv(x))) of x (B, C, h, w)."""
-    return norm_silu(conv(x), norm)
+@fused("convolutions.convolved_apart")
+def convolved_apart(x: Tensor, conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return conv(x) of x (B, C, h, w), or what it is without its bias, and that (C,)."""
+    return conv(x), None
 
 
 @fused("convolutions.doubled")
@@ -88,7 +90,8 @@ class ResidualBlock(nn.Module):
         """Map (B, C, h, w) to (B, C', h, w)."""
         if worth_slicing(x):
             return self._in_strips(x)
-        h = conv_norm_silu(norm_silu(x, self.norm1), self.conv1, self.norm2)
+        h, bias = convolved_apart(norm_silu(x, self.norm1), self.conv1)
+        h = norm_silu(h, self.norm2, bias)
         return convolved_onto(self.shortcut(x), h, self.conv2)
 
     def _in_strips(self, x: Tensor) -> Tensor:

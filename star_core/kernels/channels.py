@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK = 128
@@ -71,16 +72,19 @@ def reads_its_own(layer: nn.Module, kind: type[nn.Module], x: Tensor) -> bool:
     ComfyUI's layers bring weights from elsewhere, or change them by the functions named here, as they compute.
     """
     known = type(layer).forward is kind.forward or hasattr(type(layer), "weight_function")
-    if not known or not isinstance(layer, kind):
+    if not known or not isinstance(layer, kind) or "forward" in vars(layer):
         return False
     pending = [getattr(layer, name, None) for name in CHANGING]
-    if any(pending) or layer._forward_hooks or layer._forward_pre_hooks:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks)
+    for_all = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
+    if any((*pending, *hooks, *for_all)):
         return False
     weights = (layer.weight, layer.bias)
     return all(
         isinstance(w, Tensor)
         and w.device == x.device
         and w.dtype in DTYPES
+        and (w.ndim > 1 or w.is_contiguous())
         and not (w.requires_grad and torch.is_grad_enabled())
         for w in weights
     )

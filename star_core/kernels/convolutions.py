@@ -1,12 +1,13 @@
 """The VQ-VAE's convolutions on a GPU, with as few passes over memory beside cuDNN's product as there can be.
 
 PyTorch adds a convolution's bias in a pass of its own, number by number. Here normalisation takes it in, or the
-sum with what the result is added to. The one to three channels, which cuDNN leaves to a slow general kernel,
-has a kernel of its own; doubling a map's sides copies in pieces of 8 bytes.
+sum with what the result is added to. Convolutions to a few channels, which cuDNN leaves to a slow general
+kernel, have one of their own in half precision; doubling a map's sides copies in pieces of 8 bytes.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TypeGuard
 
 import torch
@@ -16,12 +17,13 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from .channels import WARPS, channels_last, cut_of, reads_its_own
-from .norms import normalised_with
 
 FEWEST = 16
 """Columns that tensor cores make together; of fewer channels the others are zeros."""
 PIXELS = 128
 """Of a row, that a program makes a few channels of."""
+AMPERE = (8, 0)
+"""The first compute capability with tensor cores for both halves."""
 PIECE = torch.int64
 """What several numbers are copied as."""
 
@@ -37,30 +39,27 @@ def convolved(x: Tensor, conv: nn.Module) -> Tensor | None:
     return _summed(made, _bias(conv), onto=None)
 
 
-def conv_norm_silu(x: Tensor, conv: nn.Module, norm: nn.GroupNorm) -> Tensor | None:
-    """Do what `vqvae.conv_norm_silu` does."""
-    if not _serves(conv, x):
-        return None
-    made = _without_bias(x, conv)
-    normed = normalised_with(made, norm, _bias(conv), activate=True, out=made)
-    if normed is not None:
-        return normed
-    total = _summed(made, _bias(conv), onto=None)
-    return None if total is None else F.silu(norm(total), inplace=True)
+def convolved_apart(x: Tensor, conv: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Do what `vqvae.convolved_apart` does."""
+    return (_without_bias(x, conv), _bias(conv)) if _serves(conv, x) else None
 
 
 def convolved_onto(total: Tensor, x: Tensor, conv: nn.Module) -> Tensor | None:
     """Do what `vqvae.convolved_onto` does, in one pass over `total`."""
-    if not (_serves(conv, x) and channels_last(total) and total.dtype == x.dtype):
+    # With gradients switched on what stands in `total` may still be wanted.
+    if torch.is_grad_enabled() or not (_serves(conv, x) and channels_last(total) and total.dtype == x.dtype):
         return None
-    if cut_of(total.numel() // total.shape[1], total.shape[1]) is None:
+    if total.ndim != 4 or cut_of(total.numel() // total.shape[1], total.shape[1]) is None:
         return None
-    return _summed(_without_bias(x, conv), _bias(conv), onto=total)
+    made = _without_bias(x, conv)
+    return _summed(made, _bias(conv), onto=total) if made.shape == total.shape else None
 
 
 def doubled(x: Tensor) -> Tensor | None:
     """Do what `vqvae.doubled` does."""
-    if x.ndim != 4 or not channels_last(x) or x.shape[1] * x.element_size() % PIECE.itemsize:
+    if x.ndim != 4 or not channels_last(x):
+        return None
+    if x.shape[1] * x.element_size() % PIECE.itemsize or x.data_ptr() % PIECE.itemsize:
         return None
     batch, channels, height, width = x.shape
     out = torch.empty(
@@ -83,7 +82,12 @@ def _serves(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     """Whether a layer is a convolution that is computed here of pictures x."""
     if x.ndim != 4 or not channels_last(x) or torch.is_autocast_enabled(x.device.type):
         return False
+    # Other libraries than cuDNN leave channels first.
+    if torch.version.hip is not None or not torch.backends.cudnn.enabled:
+        return False
     if not isinstance(conv, nn.Conv2d) or not reads_its_own(conv, nn.Conv2d, x):
+        return False
+    if type(conv)._conv_forward is not nn.Conv2d._conv_forward or "_conv_forward" in vars(conv):
         return False
     plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     return plain and conv.groups == 1 and conv.dilation == (1, 1) and conv.weight.dtype == x.dtype
@@ -125,11 +129,12 @@ def _summed(x: Tensor, bias: Tensor, onto: Tensor | None) -> Tensor | None:
 
 
 def _to_few_channels(x: Tensor, conv: nn.Conv2d) -> Tensor | None:
-    """Return conv(x), channels last; None where it is not one of halves, 3x3 and of the same sides."""
+    """Return conv(x), channels last; None where it is not one of halves, 3x3 and of the same sides, from a
+    multiple of 16 channels, on a GPU with tensor cores for them."""
     batch, channels, height, width = x.shape
     depth = min(64, channels & -channels)
     alike = (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
-    if not alike or x.element_size() != 2 or depth < 16:
+    if not alike or x.element_size() != 2 or depth < 16 or not _multiplies(x.device):
         return None
     taps = F.pad(conv.weight.permute(2, 3, 1, 0), (0, FEWEST - conv.out_channels)).contiguous()
     out = torch.empty(
@@ -156,6 +161,12 @@ def _to_few_channels(x: Tensor, conv: nn.Conv2d) -> Tensor | None:
         num_warps=4,
     )
     return out
+
+
+@functools.cache
+def _multiplies(device: torch.device) -> bool:
+    """Whether Triton has products of a device's tensor cores; without them it would build for a minute."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= AMPERE
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -188,7 +199,7 @@ def _few_channels(
         there = (y >= 0) & (y < height) & (across >= 0) & (across < width)
         at = picture + (y.to(tl.int64) * width + across)[:, None] * channels + channel[None, :]
         weights = taps + (tap * channels + channel)[:, None] * columns + column[None, :]
-        for first in tl.static_range(0, channels, depth):
+        for first in range(0, channels, depth):
             seen = tl.load(at + first, mask=there[:, None], other=0.0)
             total += tl.dot(seen, tl.load(weights + first * columns))
     wanted = column < outputs

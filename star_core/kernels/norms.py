@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from .channels import WARPS, Cut, channels_last, cut_of, reads_its_own
+from .channels import DTYPES, WARPS, Cut, channels_last, cut_of, reads_its_own
 
 PROGRAMS = 1024
 """Programs that share the moments of a batch; of more, putting their pieces together takes longer."""
@@ -20,23 +20,22 @@ TOGETHER = 2048
 """Moments that a program puts together at a time."""
 
 
-def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor | None:
-    """Do what `vqvae.norm_silu` does."""
-    return normalised_with(x, norm, None, activate=True)
+def norm_silu(x: Tensor, norm: nn.GroupNorm, bias: Tensor | None = None) -> Tensor | None:
+    """Do what `vqvae.norm_silu` does. A bias takes no pass over memory: it moves means, and nothing else."""
+    if bias is not None and (bias.device != x.device or not bias.is_contiguous() or bias.dtype not in DTYPES):
+        return None
+    return _normalised(x, norm, bias, activate=True)
 
 
 def normalised(x: Tensor, norm: nn.GroupNorm) -> Tensor | None:
     """Do what `vqvae.normalised` does."""
-    return normalised_with(x, norm, None, activate=False)
+    return _normalised(x, norm, None, activate=False)
 
 
-def normalised_with(
-    x: Tensor, norm: nn.GroupNorm, bias: Tensor | None, *, activate: bool, out: Tensor | None = None
-) -> Tensor | None:
-    """Return norm(x + bias) of x (B, C, h, w), bias (C,), its silu with `activate`; None where it is not
-    made for x. A bias takes no pass over memory of its own: it moves means, and nothing else.
+def _normalised(x: Tensor, norm: nn.GroupNorm, bias: Tensor | None, *, activate: bool) -> Tensor | None:
+    """Return norm(x + bias) of x (B, C, h, w), its silu with `activate`; with a bias where x stood.
 
-    out: where it is written, x itself if that may be used up.
+    None where it is not made for x.
     """
     if x.ndim != 4 or not channels_last(x) or not reads_its_own(norm, nn.GroupNorm, x):
         return None
@@ -45,7 +44,7 @@ def normalised_with(
     if cut is None:
         return None
     affine = _affine(x, norm, bias, cut)
-    out = torch.empty_like(x) if out is None else out
+    out = torch.empty_like(x) if bias is None else x
     _applied[cut.columns * cut.blocks, batch](
         x,
         affine,
@@ -205,9 +204,9 @@ def _put_together(
     one = tl.arange(0, own)
     channel = group * each + one
     scale = tl.load(weight + channel, mask=one < each, other=0.0).to(tl.float32) * deviation
+    if biased:  # before the scale: two large numbers that are nearly the same
+        middle = middle - tl.load(before + channel, mask=one < each, other=0.0).to(tl.float32)
     shift = tl.load(bias + channel, mask=one < each, other=0.0).to(tl.float32) - middle * scale
-    if biased:
-        shift += tl.load(before + channel, mask=one < each, other=0.0).to(tl.float32) * scale
     to = affine + picture * (2 * channels) + channel
     tl.store(to, scale, mask=one < each)
     tl.store(to + channels, shift, mask=one < each)

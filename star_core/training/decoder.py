@@ -89,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge",
         type=Path,
-        help="checkpoint.pt of another decoder's run, whose discriminator a new run goes on with: it can tell"
-        " drawn pictures already",
+        help="checkpoint.pt of another decoder's run, whose discriminator goes on where this run has none yet:"
+        " it can tell drawn pictures already",
     )
     parser.add_argument(
         "--model",
@@ -133,38 +133,46 @@ def check_adversary(args: argparse.Namespace) -> None:
     """Raise ValueError for options of the discriminator that do not make sense."""
     if not 0 <= args.adversarial < math.inf:
         raise ValueError(f"--adversarial {args.adversarial:g} is no weight of a loss: give 0 or more")
-    if args.adversarial and not 0 <= args.head_start < args.steps:
+    if args.adversarial and args.judge is None and not 0 <= args.head_start < args.steps:
         raise ValueError(
             f"--head-start {args.head_start}: of {args.steps} steps it can be 0 to {args.steps - 1}"
         )
     if args.judge is not None and not args.adversarial:
         raise ValueError(f"--judge {args.judge} is a discriminator's: give --adversarial, or leave it out")
+    if args.judge is not None and not (args.run / "checkpoint.pt").exists():
+        read_judge(args.judge)  # not first when pictures are encoded
 
 
-def read_judge(args: argparse.Namespace) -> Mapping[str, Any] | None:
-    """Return the discriminator of another run, None where none is asked for.
-
-    Raises ValueError for a file that holds none.
-    """
-    if args.judge is None:
-        return None
-    state = read_pickle(args.judge)
+def read_judge(path: Path) -> Mapping[str, Any]:
+    """Return the discriminator of another run's checkpoint. Raises ValueError for a file that holds none."""
+    state = read_pickle(path)
     stored: Mapping[str, Any] | None = state.get("adversary") if isinstance(state, Mapping) else None
     if stored is None:
-        raise ValueError(
-            f"--judge {args.judge} holds no discriminator: give the checkpoint.pt of a run with one"
-        )
+        raise ValueError(f"--judge {path} holds no discriminator: give a checkpoint.pt with one")
     return stored
 
 
-def inherit_adversary(adversary: Adversary, stored: Mapping[str, Any], judge: Path) -> None:
-    """Go on with the discriminator of another run. Raises ValueError for one that sees with other networks."""
-    if len(adversary.discriminator.state_dict()) != len(stored["discriminator"]):
+def begin_adversary(args: argparse.Namespace, adversary: Adversary) -> None:
+    """Begin a discriminator, or go on with another run's where one is asked for.
+
+    Raises ValueError for a file that holds none, or one that sees with other networks.
+    """
+    if args.judge is None:
+        log.info("a discriminator begins now, with a head start of %d steps", adversary.head_start)
+        return
+    stored = read_judge(args.judge)
+    if not same_shapes(adversary.discriminator.state_dict(), stored["discriminator"]):
         raise ValueError(
-            f"the discriminator in {judge} sees with other networks: give the same --matching, above 0 or 0"
+            f"the discriminator in {args.judge} sees with other networks: give its --matching, above 0 or 0"
         )
     adversary.resume(stored)
     log.info("a discriminator of %d steps goes on", adversary.steps)
+
+
+def same_shapes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two states have the same names and shapes."""
+    shapes = [{name: value.shape for name, value in state.items()} for state in (one, other)]
+    return shapes[0] == shapes[1]
 
 
 def resume_adversary(args: argparse.Namespace, adversary: Adversary | None, state: Mapping[str, Any]) -> None:
@@ -181,8 +189,8 @@ def resume_adversary(args: argparse.Namespace, adversary: Adversary | None, stat
     if adversary is None:
         return
     if stored is None:
-        log.info("a discriminator begins now, with a head start of %d steps", adversary.head_start)
-    elif len(adversary.discriminator.state_dict()) != len(stored["discriminator"]):
+        begin_adversary(args, adversary)
+    elif not same_shapes(adversary.discriminator.state_dict(), stored["discriminator"]):
         raise ValueError(
             f"the discriminator of the run in {args.run} sees with other networks (--matching): {again}"
         )
@@ -254,7 +262,6 @@ def run(args: argparse.Namespace) -> None:
     use_threads(args)
     device = torch.device(args.device)
     check_adversary(args)
-    judge = read_judge(args)
     star = load_redrawing(args)
     torch.default_generator.manual_seed(args.seed)  # a training command owns its process
     stored = run_folder_file(args.tokenizer_run, "vqvae.safetensors")
@@ -277,15 +284,15 @@ def run(args: argparse.Namespace) -> None:
         check_same_sides(args, state)
         versions = stored_versions(args, state, own)
     else:
-        if adversary is not None and judge is not None:
-            inherit_adversary(adversary, judge, args.judge)
+        if adversary is not None:
+            begin_adversary(args, adversary)
         captions = [plain_caption(data.records[row]) for row in train.tolist()]
         versions = token_versions(args, star, vqvae, own, captions)
         training.start_clock()
 
     def save() -> None:
         export(training.average, vqvae.config, args.run)
-        judging = None if adversary is None else adversary.state()
+        judge = None if adversary is None else adversary.state()
         drawn = {
             "versions": versions,
             "redrawn": redrawn_scales(args),
@@ -293,7 +300,7 @@ def run(args: argparse.Namespace) -> None:
             "redrawn_by": redrawn_by(args),
             "sides": args.sides,
         }
-        training.save({"adversary": judging, **drawn})
+        training.save({"adversary": judge, **drawn})
         real = pictures_of.take(held_out)
         found = held_out_psnr(training.average, vqvae.config, tokens[held_out], real, args.sides)
         log.info("step %d held-out PSNR %.2f dB", training.step, found)

@@ -76,7 +76,7 @@ class Planner(Dataset[Plan]):
         seed: int,
         plain: float = 0.0,
     ) -> None:
-        """plain: the share of captions that are the plain one, whatever else a random one would have said."""
+        """plain: of the captions that are not dropped, the share that is the plain one in any case."""
         self._records = records
         self._tokenize = tokenize
         self._variants = variants

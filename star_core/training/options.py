@@ -157,5 +157,5 @@ def add_plain_captions_argument(parser: argparse.ArgumentParser) -> None:
         type=share,
         default=0.0,
         help="share of captions that name style and label alone, as prompts do; the others are reworded at"
-        " random, and about four in ten of those name both",
+        " random, and about four in ten of those name both (one in ten texts is empty, for guidance)",
     )

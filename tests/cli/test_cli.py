@@ -221,7 +221,7 @@ def test_another_aspect_ratio_has_its_own_maps(sample, tmp_path):
         (("sun", "moon", "--out", "x.png"), "--out is for one picture"),
         (("sun", "--out", "x.jpg"), "written as .png"),
         (("sun", "--schedule", "top_k banana"), "'banana' is not a whole number"),
-        (("sun", "--schedule", "fastest"), "neither a preset"),
+        (("sun", "--schedule", "banana"), "neither a preset"),
         (("sun", "--schedule", "maps 1 2 3 4; top_k 5"), "the schedule has 4 scales"),
         (("sun", "--schedule", "é" * 190), "neither a preset"),
         (("sun", "--device", "abacus"), "cannot be used here"),

@@ -100,7 +100,7 @@ def test_a_recipe_s_picture_has_one_place(sample, drawn, tmp_path):
     [
         (Recipe("cat", "", 2, 0, "top_k 5", (16, 16), "huge"), "drawn by huge, this checkpoint is tiny"),
         (Recipe("cat", "", 2, 0, "top_k 5", (20, 20), "tiny"), "tiny cannot draw 20x20"),
-        (Recipe("cat", "", 2, 0, "fastest", (16, 16), "tiny"), "'fastest' is neither a preset"),
+        (Recipe("cat", "", 2, 0, "banana", (16, 16), "tiny"), "'banana' is neither a preset"),
         (Recipe("cat", "", 2, 0, "top_k 5", (16, 16), 5), "says model 5, which is not a text"),
     ],
 )

@@ -221,6 +221,27 @@ def test_plans_are_the_same_whoever_makes_them_and_need_no_network():
     assert any(not torch.equal(inline[0].ids, plan.ids) for plan in inline[1:])
 
 
+def test_a_share_of_captions_is_plain():
+    records = [record(f"thing {number}") for number in range(200)]
+    tokenize = load().text_encoder.words.tokenize
+    every = torch.arange(200)
+
+    def texts(plain: float) -> list[tuple[int, ...]]:
+        planner = Planner(records, tokenize, variants=1, seed=5, plain=plain)
+        return [tuple(ids.tolist()) for ids in planner[3, every].ids]
+
+    wanted = [
+        tuple(ids.tolist()) for ids in Planner(records, tokenize, variants=1, seed=5).plan(every, None).ids
+    ]
+    cut = [len(texts(share)[0]) for share in (0.0, 1.0)]
+    alike = [
+        sum(text[:shorter] == plain[:shorter] for text, plain in zip(texts(share), wanted, strict=True)) / 200
+        for share, shorter in zip((0.0, 1.0), (min(n, len(wanted[0])) for n in cut), strict=True)
+    ]
+    assert alike[0] < 0.5
+    assert alike[1] == pytest.approx(0.9, abs=0.07), "but for the empty ones"
+
+
 def test_a_run_is_done_by_its_steps_or_by_its_time(tmp_path):
     checkpoint = Checkpoint(tmp_path / "checkpoint.pt", step=30)
     assert checkpoint.done(argparse.Namespace(steps=100, time_limit=float("inf"))) == pytest.approx(0.3)

@@ -418,10 +418,24 @@ def test_a_run_goes_on_with_the_discriminator_of_another(data, tokenizer_run, tm
         with pytest.raises(ValueError, match=said):
             train(decoder, tmp_path / "wrong", data, *asked, "--judge", str(wrong))
     state = ends[0]
-    state["adversary"]["discriminator"].popitem()
+    name, value = state["adversary"]["discriminator"].popitem()
+    state["adversary"]["discriminator"][name] = value.new_zeros(*value.shape, 1)
     torch.save(state, tmp_path / "others.pt")
     with pytest.raises(ValueError, match="sees with other networks"):
         train(decoder, tmp_path / "wrong", data, *judged, "--judge", str(tmp_path / "others.pt"), steps=4)
+
+
+def test_another_run_s_discriminator_may_join_a_run_and_is_not_asked_for_again(data, tokenizer_run, tmp_path):
+    options = ["--tokenizer-run", str(tokenizer_run), *SIDES]
+    judged = [*options, "--adversarial", "0.5"]
+    first = train(decoder, tmp_path / "first", data, *judged, "--head-start", "1", steps=3) / "checkpoint.pt"
+    run = train(decoder, tmp_path / "run", data, *options, steps=1)
+    asked = [*judged, "--judge", str(first)]  # its head start is over, whatever the steps
+    train(decoder, run, data, *asked, steps=2)
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["adversary"]["steps"] == 4
+    first.unlink()
+    train(decoder, run, data, *asked, steps=3)
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["adversary"]["steps"] == 5
 
 
 def test_a_sampler_run_may_name_the_checkpoint_s_own_schedule(data, tokenizer_run, transformer_run, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -25,6 +26,17 @@ def test_rectangular_pictures_become_features_and_pictures_again(vqvae: VQVAE, h
     features = vqvae.encode(pictures(2, height, width))
     assert features.shape == (2, 8, height // 4, width // 4)
     assert vqvae.decode(features).shape == (2, 3, height, width)
+
+
+@torch.no_grad()
+def test_a_block_lets_go_of_what_it_has_convolved(vqvae: VQVAE):
+    block = vqvae.decoder.mid.block_1
+    seen: list[weakref.ref[Tensor]] = []
+    gone: list[bool] = []
+    block.conv1.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+    block.norm2.register_forward_pre_hook(lambda *_: gone.append(seen[0]() is None))
+    block(torch.randn(1, block.norm1.num_channels, 4, 4, generator=torch.Generator().manual_seed(0)))
+    assert gone == [True], "one more picture-sized tensor would be a third more at the peak"
 
 
 def test_decoded_pictures_are_clamped(vqvae: VQVAE):

@@ -33,14 +33,10 @@ SHAPES = {
 }
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Have kernels serve CPU tensors; the names of those that were asked, in order."""
-    names: list[str] = []
-    named = kernels._named
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have kernels serve CPU tensors. Which took a call, `served` of conftest.py tells."""
     monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
-    monkeypatch.setattr(kernels, "_named", lambda name: (names.append(name), named(name))[1])
-    return names
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -175,9 +171,14 @@ def test_a_layer_that_computes_something_else_or_is_watched_computes_itself():
     assert norms.norm_silu(x, norm) is None
     hook.remove()
     assert norms.norm_silu(x, norm) is not None
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert norms.norm_silu(x, norm) is None
+    hook.remove()
+    norm.forward = norm.forward
+    assert norms.norm_silu(x, norm) is None, "which somebody has wrapped"
 
 
-CONVOLUTION_KERNELS = ("convolved", "conv_norm_silu", "convolved_onto", "doubled")
+CONVOLUTION_KERNELS = ("convolved", "convolved_apart", "convolved_onto", "doubled")
 CONVOLUTIONS = {
     "as many channels": ((1, 40, 9, 6), 40, 3),
     "more": ((2, 16, 5, 7), 64, 3),
@@ -195,6 +196,12 @@ def convolution(
     return conv.to(dtype)
 
 
+def apart(x: Tensor, conv: nn.Conv2d, norm: nn.GroupNorm) -> tuple[Tensor, nn.GroupNorm, Tensor]:
+    made, bias = convolutions.convolved_apart(x, conv)
+    return made, norm, bias
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolutions_are_the_reference_s(case: str, dtype: torch.dtype):
@@ -206,7 +213,7 @@ def test_convolutions_are_the_reference_s(case: str, dtype: torch.dtype):
     summed = exact + total.double()
     for ours, theirs in (
         (convolutions.convolved(x, conv), exact),
-        (convolutions.conv_norm_silu(x, conv, norm), F.silu(expected(exact, norm))),
+        (norms.norm_silu(*apart(x, conv, norm)), F.silu(expected(exact, norm))),
         (convolutions.convolved_onto(total, x, conv), summed),
     ):
         assert_near(ours, theirs, error)
@@ -217,9 +224,9 @@ def test_convolutions_are_the_reference_s(case: str, dtype: torch.dtype):
 
 def test_a_bias_much_larger_than_what_it_moves_loses_no_digits_of_the_norm():
     x, conv, norm = picture(1, 32, 8, 6), convolution(32, 64, 3), layer(8, 64)
-    conv.bias.mul_(1000)
+    conv.bias.copy_((1000 * normal(6, 8)).repeat_interleave(8))
     exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
-    assert_near(convolutions.conv_norm_silu(x, conv, norm), F.silu(expected(exact, norm)), 1e-4)
+    assert_near(norms.norm_silu(*apart(x, conv, norm)), F.silu(expected(exact, norm)), 1e-4)
 
 
 # Of bfloat16 the interpreter multiplies the bits.
@@ -229,8 +236,10 @@ def test_a_convolution_to_a_few_channels(shape: tuple[int, ...], dtype: torch.dt
     x, conv = picture(*shape, dtype=dtype), convolution(shape[1], 3, 3, dtype)
     ours = convolutions.convolved(x, conv)
     exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
-    if dtype == torch.float32 and ours is None:
-        return  # rows of three channels may be nobody's
+    own = convolutions._to_few_channels(x, conv)
+    assert (own is None) == (dtype == torch.float32)
+    if ours is None:
+        return  # rows of three numbers of float32 may be nobody's
     assert_near(ours, exact, ERROR[dtype])
     assert ours.shape == exact.shape
     assert ours.is_contiguous(memory_format=LAYOUT)
@@ -246,7 +255,8 @@ def test_doubled_maps_hold_each_number_four_times(shape: tuple[int, ...], dtype:
     assert convolutions.doubled(x[:, :3].contiguous(memory_format=LAYOUT)) is None
 
 
-def test_convolutions_that_are_made_otherwise_are_left_to_the_reference():
+@torch.no_grad()
+def test_convolutions_that_are_made_otherwise_are_left_to_the_reference(monkeypatch: pytest.MonkeyPatch):
     x, conv = picture(1, 16, 6, 5), convolution(16, 16, 3)
     total = picture(1, 16, 6, 5)
     assert convolutions.convolved(x, conv) is not None
@@ -264,6 +274,19 @@ def test_convolutions_that_are_made_otherwise_are_left_to_the_reference():
         nn.Conv2d(16, 16, 3, padding=1, bias=False),
     ):
         assert convolutions.convolved(x, other.requires_grad_(False)) is None
+    with torch.enable_grad():
+        assert convolutions.convolved_onto(total, x, conv) is None, "whose total may still be wanted"
+    assert convolutions.convolved_onto(picture(2, 16, 6, 5), x, conv) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(conv, "_conv_forward", nn.Conv2d._conv_forward.__get__(conv))
+        assert convolutions.convolved(x, conv) is None, "which another pack has changed"
+    conv.bias.data = torch.ones(32)[::2]
+    assert convolutions.convolved(x, conv) is None
+    conv.bias.data = torch.ones(16)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "enabled", False)
+        assert convolutions.convolved(x, conv) is None
+    assert convolutions.convolved(x, conv) is not None
     conv.register_forward_hook(lambda *_: None)
     assert convolutions.convolved(x, conv) is None
 
@@ -306,14 +329,15 @@ def test_channels_stay_last_from_layer_to_layer(paired: object, served: list[str
     layouts = {}
     vqvae = copy.deepcopy(paired.vqvae).channels_last()
     for name, module in vqvae.decoder.named_modules():
-        if not isinstance(module, nn.Identity):
+        if not isinstance(module, nn.Identity | nn.GroupNorm | nn.Conv2d):  # watched, those compute themselves
             module.register_forward_hook(
                 lambda _, args, out, name=name: layouts.update(
                     {name: [t.is_contiguous(memory_format=LAYOUT) for t in (*args, out)]}
                 )
             )
     vqvae.pictures(normal(6, 1, 8, 4, 6))
-    assert served
+    assert {f"convolutions.{name}" for name in CONVOLUTION_KERNELS} <= set(served)
+    assert layouts
     assert all(all(last) for last in layouts.values()), layouts
 
 

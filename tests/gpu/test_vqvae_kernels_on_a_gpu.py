@@ -14,12 +14,14 @@ pytest.importorskip("triton", reason="no Triton here: there are no kernels to co
 from star_core import load, slices
 from star_core.config import VQVAEConfig
 from star_core.kernels import references_only
+from star_core.kernels.convolutions import _to_few_channels
+from star_core.quantizer import enlarged
 from star_core.vqvae import (
     LAYOUT,
     VQVAE,
     attended,
-    conv_norm_silu,
     convolved,
+    convolved_apart,
     convolved_onto,
     doubled,
     norm_silu,
@@ -108,12 +110,15 @@ def test_convolutions_are_those_of_float32(served: list[str], case: str, dtype: 
     # cuDNN sums up float32 in an order of its own.
     error = max(ERROR[dtype], 3e-5)
     assert distance(convolved(x, conv), exact) < error
-    assert distance(conv_norm_silu(x, conv, norm.to(dtype)), normed) < 2 * error
+    made, bias = convolved_apart(x, conv)
+    assert distance(norm_silu(made, norm.to(dtype), bias), normed) < 2 * error
     summed = exact + total.float()
     assert distance(convolved_onto(total, x, conv), summed) < error
     assert torch.equal(doubled(x), F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    names = ("convolved", "conv_norm_silu", "convolved_onto", "doubled")
-    assert served == [f"convolutions.{name}" for name in names]
+    assert served == [
+        *("convolutions.convolved", "convolutions.convolved_apart", "norms.norm_silu"),
+        *("convolutions.convolved_onto", "convolutions.doubled"),
+    ]
 
 
 @pytest.mark.parametrize("dtype", ERROR)
@@ -122,6 +127,7 @@ def test_convolutions_are_those_of_float32(served: list[str], case: str, dtype: 
 def test_pictures_are_made_as_in_float32(served: list[str], case: str, dtype: torch.dtype):
     x = picture(*SHAPES[case]).to(dtype)
     conv = convolution(x.shape[1], 3, dtype)
+    assert (_to_few_channels(x, conv) is None) == (dtype == torch.float32)
     exact = F.conv2d(x.float(), conv.weight.float(), conv.bias.float(), padding=1)
     assert distance(convolved(x, conv), exact) < max(ERROR[dtype], 3e-5)
     assert served == ["convolutions.convolved"] or dtype == torch.float32
@@ -142,18 +148,26 @@ def test_more_numbers_than_32_bits_count_are_normalised(served: list[str]):
 
 @torch.no_grad()
 def test_the_host_waits_for_nothing_and_graphs_record_it():
-    x, norm = picture(1, 320, 64, 64), layer(320)
+    x, norm = picture(1, 320, 64, 64).half(), layer(320).half()
+    conv, last = convolution(320, 320, torch.float16), convolution(320, 3, torch.float16)
+    codes = normal(14, 1, 32, 3, 5)
     q, k, v = normal(5, 3, 1, 1, 256, 640)
-    expected = norm_silu(x, norm), attended(q, k, v)
+
+    def work() -> tuple[Tensor, ...]:
+        made, bias = convolved_apart(x, conv)
+        total = convolved_onto(doubled(x)[:, :, :64, :64].contiguous(memory_format=LAYOUT), x, conv)
+        normed = norm_silu(made, norm, bias)
+        return norm_silu(x, norm), normed, total, convolved(x, last), enlarged(codes, (9, 8)), attended(q, k, v)
+
+    expected = work()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        norm_silu(x, norm)
-        attended(q, k, v)
+        work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = norm_silu(x, norm), attended(q, k, v)
+        recorded = work()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(recorded, expected, strict=True))
 
@@ -184,7 +198,8 @@ def test_a_decoder_s_channels_stay_last(served: list[str], released: VQVAE):
         if isinstance(module, nn.GroupNorm | nn.Conv2d):
             module._forward_hooks.clear()  # a watched layer computes itself
     watched.pictures(normal(7, 1, 32, 16, 12))
-    assert sum(name.startswith("norms.") for name in served) > 0
+    norms = sum(isinstance(module, nn.GroupNorm) for module in watched.decoder.modules())
+    assert sum(name.startswith("norms.") for name in served) == norms
     assert layouts
     assert all(all(last) for last in layouts.values()), layouts
 
@@ -195,7 +210,10 @@ def test_whole_pictures_are_the_same_with_and_without_kernels(
 ):
     f_hat = normal(8, 2, 32, *size)
     ours = released.pictures(f_hat)
-    assert {"norms.norm_silu", "norms.normalised", "wide.attended", "convolutions.doubled"} <= set(served)
+    assert set(served) == {
+        *("norms.norm_silu", "norms.normalised", "wide.attended", "convolutions.convolved"),
+        *("convolutions.convolved_apart", "convolutions.convolved_onto", "convolutions.doubled"),
+    }
     with references_only():
         theirs = released.pictures(f_hat)
     assert float(theirs.std()) > 0.05
