@@ -71,7 +71,9 @@ def test_a_picture_is_its_own_variation_where_all_its_scales_are_given(star):
     steps = list(star.generate(["sun"], options=Options(seed=4)))
     again = list(star.generate(["sun"], options=Options(seed=9, prefix=tuple(steps))))
     assert torch.equal(again[-1].f_hat, steps[-1].f_hat)
-    varied = list(star.generate(["sun"], options=Options(seed=9, prefix=tuple(steps[:4]))))
+    # Its own schedule keeps the likeliest tokens of later scales, and varies little from there on (NOTES.md).
+    freely = Options(seed=9, schedule="top-k", prefix=tuple(steps[:4]))
+    varied = list(star.generate(["sun"], options=freely))
     assert torch.equal(varied[3].f_hat, steps[3].f_hat)
     assert not torch.equal(varied[5].tokens, steps[5].tokens)
 

@@ -201,8 +201,8 @@ def test_the_checkpoint_s_own_schedule_is_in_the_menu_of_a_connected_model(comfy
     comfy.settle(1500)
     comfy.editor(schedule).locator("select").select_option("checkpoint's own")
     comfy.settle()
-    assert line(comfy.value(schedule, "schedule"), "guidance") == "2*8 1 0.5", "the shipped model's"
-    assert comfy.bar_values(schedule, "guidance") == [2] * 8 + [1, 0.5]
+    assert line(comfy.value(schedule, "schedule"), "guidance") == "1*8 0.5 0", "the shipped model's"
+    assert comfy.bar_values(schedule, "guidance") == [1] * 8 + [0.5, 0]
 
 
 def test_the_editor_sees_that_another_checkpoint_was_chosen(comfy: ComfyPage) -> None:
@@ -214,7 +214,7 @@ def test_the_editor_sees_that_another_checkpoint_was_chosen(comfy: ComfyPage) ->
     options.focus()
     comfy.settle(1500)
     options.select_option("checkpoint's own")
-    assert line(comfy.value(schedule, "schedule"), "guidance") == "2*8 1 0.5"
+    assert line(comfy.value(schedule, "schedule"), "guidance") == "1*8 0.5 0"
     comfy.write(load, "checkpoint", "tiny.safetensors")
     comfy.page.mouse.move(2, 2)  # the pointer may rest where the editor has come to be
     with comfy.page.expect_response("**/star/presets*"):
