@@ -62,20 +62,17 @@ def doubled(x: Tensor) -> Tensor | None:
     if x.shape[1] * x.element_size() % PIECE.itemsize or x.data_ptr() % PIECE.itemsize:
         return None
     batch, channels, height, width = x.shape
-    out = torch.empty(
-        batch,
-        channels,
-        2 * height,
-        2 * width,
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    out = _empty(x, channels, 2 * height, 2 * width)
     # By way of a single axis, since strides of sides of 1 may be anything.
     pieces, places = (t.permute(0, 2, 3, 1).reshape(-1).view(PIECE) for t in (x, out))
     places = places.view(batch, height, 2, width, 2, -1)
     places.copy_(pieces.view(batch, height, 1, width, 1, -1).expand_as(places))
     return out
+
+
+def _empty(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Return room for pictures (B, channels, height, width), as many as x holds, channels last."""
+    return x.new_empty(len(x), height, width, channels).permute(0, 3, 1, 2)
 
 
 def _serves(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
@@ -137,15 +134,7 @@ def _to_few_channels(x: Tensor, conv: nn.Conv2d) -> Tensor | None:
     if not alike or x.element_size() != 2 or depth < 16 or not _multiplies(x.device):
         return None
     taps = F.pad(conv.weight.permute(2, 3, 1, 0), (0, FEWEST - conv.out_channels)).contiguous()
-    out = torch.empty(
-        batch,
-        conv.out_channels,
-        height,
-        width,
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    out = _empty(x, conv.out_channels, height, width)
     _few_channels[triton.cdiv(width, PIXELS), height, batch](
         x,
         taps,
