@@ -49,6 +49,14 @@ def share(text: str) -> float:
     return found
 
 
+def probability(text: str) -> float:
+    """Return an option's probability. Raises argparse.ArgumentTypeError for one that is not from 0 to 1."""
+    found = _number(text, float)
+    if not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no probability: give 0 to 1")
+    return found
+
+
 def part(text: str) -> float:
     """Return an option's part of a whole. Raises argparse.ArgumentTypeError for none and for more than all."""
     found = _number(text, float)
@@ -154,7 +162,7 @@ def add_plain_captions_argument(parser: argparse.ArgumentParser) -> None:
     """Add how many captions are plain."""
     parser.add_argument(
         "--plain-captions",
-        type=share,
+        type=probability,
         default=0.0,
         help="share of captions that name style and label alone, as prompts do; the others are reworded at"
         " random, and about four in ten of those name both (one in ten texts is empty, for guidance)",

@@ -733,6 +733,9 @@ def test_a_run_ends_when_its_time_is_up_saves_and_goes_on(data, tokenizer_run, t
         ("--corruption", "nan", "nan is no share"),
         ("--corruption", "few", "few is no number"),
         ("--dropout", "1", "1 is no share"),
+        ("--plain-captions", "1.1", "1.1 is no probability: give 0 to 1"),
+        ("--plain-captions", "-0.1", "-0.1 is no probability"),
+        ("--plain-captions", "nan", "nan is no probability"),
         ("--weight-decay", "-1", "-1 is out of range: give a finite number from 0 up"),
         ("--weight-decay", "inf", "inf is out of range"),
         ("--windowed-scales", "-1", "-1 is no number of scales"),
@@ -759,6 +762,13 @@ def test_a_number_that_no_run_can_have_is_refused(option, value, said, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--run", "x", "--tokenizer-run", "y", "--text", "z", option, value])
     assert said in capsys.readouterr().err
+
+
+def test_every_caption_may_be_plain():
+    parser = argparse.ArgumentParser()
+    transformer.add_arguments(parser)
+    given = ["--run", "x", "--tokenizer-run", "y", "--text", "z", "--plain-captions", "1"]
+    assert parser.parse_args(given).plain_captions == 1
 
 
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
