@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,7 +124,7 @@ def fill(
 ) -> ModuleT:
     """Give a module on the meta device its tensors, by the key table, strictly.
 
-    `tensors` carries official names. On a CPU, matrices whose dtype is the wanted one stay in their file,
+    `tensors` carries official names. On a CPU, weights whose dtype is the wanted one stay in their file,
     mapped; otherwise everything is copied. packing: linear layers become packed ones, for a dtype and device
     that `can_be_packed`. Raises ValueError naming the missing, surplus or misshapen keys.
     """
@@ -154,10 +154,12 @@ def fill(
     return module.requires_grad_(False).eval()
 
 
-def _lie_as_needed(tensors: Mapping[str, Tensor], names: Iterable[str], dtype: torch.dtype | None) -> bool:
-    """Whether all matrices among the tensors with these names have the wanted dtype, None for any."""
-    matrices = [tensors[name] for name in names if len(_shape(tensors, name)) == 2]
-    return all(matrix.dtype == (dtype or matrix.dtype) for matrix in matrices)
+def _lie_as_needed(
+    tensors: Mapping[str, Tensor], names: Mapping[str, str], dtype: torch.dtype | None
+) -> bool:
+    """Whether every tensor but the one-dimensional ones has the dtype that it will be kept in, None for its own."""
+    wide = ((tensors[official], ours) for official, ours in names.items() if len(_shape(tensors, official)) > 1)
+    return all(tensor.dtype == kept_dtype(ours, dtype or tensor.dtype) for tensor, ours in wide)
 
 
 def check_keys(

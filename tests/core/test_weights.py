@@ -132,6 +132,21 @@ def test_overrides_without_a_preset_are_refused(tmp_path: Path):
         resolve_config(file, None, {"rope_theta": 100.0})
 
 
+@pytest.mark.parametrize(("kept", "stays"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_bfloat16_vqvae_stays_in_its_file_though_its_codebook_is_float32(kept, stays, tmp_path: Path):
+    vqvae = VQVAE(VQVAEConfig(base_channels=32, codebook_size=96)).bfloat16()
+    vqvae.quantizer.float()
+    save_vqvae(tmp_path / "vqvae.safetensors", vqvae)
+    file = TensorFile(tmp_path / "vqvae.safetensors")
+    assert file["quantize.embedding.weight"].dtype == torch.float32
+    empty = build_on_meta(lambda: VQVAE(vqvae.config))
+    read = fill(empty, file, VQVAE_KEYS, source="vqvae", dtype=kept)
+    names = check_keys(vqvae, file, VQVAE_KEYS, "vqvae")
+    state = read.state_dict()
+    where = {file[name].data_ptr() == state[ours].data_ptr() for name, ours in names.items()}
+    assert where == {stays}
+
+
 # A small checkpoint and its files
 
 
