@@ -154,12 +154,15 @@ def fill(
     return module.requires_grad_(False).eval()
 
 
-def _lie_as_needed(
-    tensors: Mapping[str, Tensor], names: Mapping[str, str], dtype: torch.dtype | None
-) -> bool:
-    """Whether every tensor but the one-dimensional ones has the dtype that it will be kept in, None for its own."""
-    wide = ((tensors[official], ours) for official, ours in names.items() if len(_shape(tensors, official)) > 1)
-    return all(tensor.dtype == kept_dtype(ours, dtype or tensor.dtype) for tensor, ours in wide)
+def _lie_as_needed(tensors: Mapping[str, Tensor], names: Mapping[str, str], dtype: torch.dtype | None) -> bool:
+    """Whether the weights have the wanted dtype, None for any. Vectors and what is kept exact do not decide:
+    they are small, and stand beside mapped weights in another format."""
+    large = [
+        tensors[official]
+        for official, ours in names.items()
+        if len(_shape(tensors, official)) > 1 and not _is_exact(ours)
+    ]
+    return all(tensor.dtype == (dtype or tensor.dtype) for tensor in large)
 
 
 def check_keys(
@@ -199,10 +202,14 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 
 
 def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return what a parameter of ours is stored in: log scales stay float32, since they are exponentiated, and
-    so do codebook and phis, in whose float32 a picture's tokens are found and f_hat adds up (`quantizer`)."""
-    exact = name.endswith("log_scale") or name.startswith("quantizer.")
-    return torch.float32 if exact else dtype
+    """Return what a parameter of ours is stored in: some stay float32, whatever the others are."""
+    return torch.float32 if _is_exact(name) else dtype
+
+
+def _is_exact(name: str) -> bool:
+    """Whether a parameter of ours is kept in float32: log scales, since they are exponentiated, and codebook
+    and phis, in whose float32 a picture's tokens are found and f_hat adds up (`quantizer`)."""
+    return name.endswith("log_scale") or name.startswith("quantizer.")
 
 
 def _key_complaint(missing: list[str], surplus: list[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from star_core.__main__ import main
 from star_core.checkpoint import (
@@ -32,7 +32,7 @@ from star_core.checkpoint import (
 from star_core.config import PRESETS, StarConfig, VQVAEConfig
 from star_core.key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
 from star_core.vqvae import VQVAE
-from star_core.weights import TensorFile, build_on_meta, check_keys, fill, read_pickle, save_vqvae
+from star_core.weights import TensorFile, build_on_meta, check_keys, fill, kept_dtype, read_pickle, save_vqvae
 
 RELEASED = json.loads((Path(__file__).parents[1] / "fixtures" / "official_state_dicts.json").read_text())
 PRESET_OF = {
@@ -132,21 +132,6 @@ def test_overrides_without_a_preset_are_refused(tmp_path: Path):
         resolve_config(file, None, {"rope_theta": 100.0})
 
 
-@pytest.mark.parametrize(("kept", "stays"), [(torch.bfloat16, True), (torch.float32, False)])
-def test_a_bfloat16_vqvae_stays_in_its_file_though_its_codebook_is_float32(kept, stays, tmp_path: Path):
-    vqvae = VQVAE(VQVAEConfig(base_channels=32, codebook_size=96)).bfloat16()
-    vqvae.quantizer.float()
-    save_vqvae(tmp_path / "vqvae.safetensors", vqvae)
-    file = TensorFile(tmp_path / "vqvae.safetensors")
-    assert file["quantize.embedding.weight"].dtype == torch.float32
-    empty = build_on_meta(lambda: VQVAE(vqvae.config))
-    read = fill(empty, file, VQVAE_KEYS, source="vqvae", dtype=kept)
-    names = check_keys(vqvae, file, VQVAE_KEYS, "vqvae")
-    state = read.state_dict()
-    where = {file[name].data_ptr() == state[ours].data_ptr() for name, ours in names.items()}
-    assert where == {stays}
-
-
 # A small checkpoint and its files
 
 
@@ -190,6 +175,41 @@ def test_what_was_saved_is_loaded_value_for_value(files: Path, paired: Any):
     for name, tensor in paired.vqvae.state_dict().items():
         assert torch.equal(vqvae.state_dict()[name], tensor), name
     assert not any(p.requires_grad or p.is_meta for module in (networks, vqvae) for p in module.parameters())
+
+
+def mapped(make: Callable[[], nn.Module], path: Path, table: KeyTable, dtype: torch.dtype) -> set[bool]:
+    """Return which of mapped and copied the weights are after a load, but for those that are kept exact."""
+    file, module = TensorFile(path), build_on_meta(make)
+    names = check_keys(module, file, table, "file")
+    state = fill(module, file, table, source="file", dtype=dtype).state_dict()
+    large = {o: ours for o, ours in names.items() if state[ours].ndim > 1}
+    rounded = {o: ours for o, ours in large.items() if kept_dtype(ours, torch.bfloat16) == torch.bfloat16}
+    return {file[official].data_ptr() == state[ours].data_ptr() for official, ours in rounded.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("exact", [torch.bfloat16, torch.float32])
+def test_a_vqvae_stays_in_its_file_unless_its_convolutions_are_cast(dtype, exact, tmp_path: Path):
+    # Codebook and phis are in the file as they were kept, or in the others' format.
+    config = VQVAEConfig(base_channels=32, codebook_size=96)
+    vqvae = VQVAE(config).bfloat16()
+    vqvae.quantizer.to(exact)
+    save_vqvae(tmp_path / "vqvae.safetensors", vqvae)
+    stays = mapped(lambda: VQVAE(config), tmp_path / "vqvae.safetensors", VQVAE_KEYS, dtype)
+    assert stays == {dtype == torch.bfloat16}
+
+
+@pytest.mark.parametrize("exact", [torch.bfloat16, torch.float32])
+def test_a_transformer_stays_in_its_file_whatever_its_log_scales_are(exact, paired: Any, tmp_path: Path):
+    networks = Networks(paired.config.transformer).bfloat16()
+    for name, parameter in networks.named_parameters():
+        if name.endswith("log_scale"):
+            parameter.data = parameter.data.to(exact)
+    save_networks(tmp_path / "star.safetensors", paired.config, networks)
+    stays = mapped(
+        lambda: Networks(paired.config.transformer), tmp_path / "star.safetensors", STAR_KEYS, torch.bfloat16
+    )
+    assert stays == {True}
 
 
 def test_half_precision_keeps_the_attention_scales_in_float32(files: Path):
