@@ -60,14 +60,19 @@ def client(server: Server) -> Iterator[Client]:
     user.close()
 
 
+VARIED = "top_k 600\ntop_p 0.8\nguidance ramp 4"
+"""A schedule under which seeds differ. The shipped model's own keeps only its likeliest tokens."""
+
+
 def graph(seed: int, text: str = "Fluent 3D emoji of a red apple", **sample: Any) -> Prompt:
-    """Return load -> encode -> sample -> decode -> save with the shipped model, as an API prompt."""
+    """Return load -> encode and schedule -> sample -> decode -> save with the shipped model, as an API prompt."""
     load = {"checkpoint": "shipped model", "text_encoder": "automatic", "vqvae": "automatic"}
     settings = {"seed": seed, "batch_size": 1, "width": 0, "height": 0, "start_scale": 0, "preview": "off"}
-    wires = {"model": ["load", 0], "positive": ["text", 0]}
+    wires = {"model": ["load", 0], "positive": ["text", 0], "schedule": ["schedule", 0]}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "load": ("StarLoad", {**load, "precision": "auto", "preset": "from the file"}),
         "text": ("StarCLIPEncode", {"text_encoder": ["load", 1], "text": text}),
+        "schedule": ("StarScaleSchedule", {"schedule": VARIED}),
         "sample": ("StarSample", {**wires, **settings, **sample}),
         "decode": (
             "StarVQDecode",
