@@ -65,7 +65,7 @@ VARIED = "top_k 600\ntop_p 0.8\nguidance ramp 4"
 
 
 def graph(seed: int, text: str = "Fluent 3D emoji of a red apple", **sample: Any) -> Prompt:
-    """Return load -> encode and schedule -> sample -> decode -> save with the shipped model, as an API prompt."""
+    """Return load -> encode, schedule -> sample -> decode -> save with the shipped model, as an API prompt."""
     load = {"checkpoint": "shipped model", "text_encoder": "automatic", "vqvae": "automatic"}
     settings = {"seed": seed, "batch_size": 1, "width": 0, "height": 0, "start_scale": 0, "preview": "off"}
     wires = {"model": ["load", 0], "positive": ["text", 0], "schedule": ["schedule", 0]}
