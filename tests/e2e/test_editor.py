@@ -104,6 +104,13 @@ def test_a_field_that_is_left_as_it_was_changes_nothing(comfy: ComfyPage, schedu
     assert comfy.value(schedule, "schedule") == DEFAULT
 
 
+def test_the_rounded_number_itself_can_be_typed(comfy: ComfyPage, schedule: int) -> None:
+    comfy.bar(schedule, "guidance", 1).dblclick()
+    comfy.page.keyboard.type("0.44")
+    comfy.press("Enter")
+    assert line(comfy.value(schedule, "schedule"), "guidance").split()[1] == "0.44"
+
+
 def test_the_keyboard_reaches_every_bar(comfy: ComfyPage, schedule: int) -> None:
     comfy.bar(schedule, "top_p", 8).click()
     for keys, expected in {

@@ -169,22 +169,25 @@ export class BarRow {
     if (slider.querySelector("input")) return;
     const shown = shownValue(this.name, this.values[scale]);
     const field = element("input", "star-typed", { "aria-label": slider.getAttribute("aria-label") });
-    const offered = shown === "off" ? "0" : shown;
-    field.value = first ?? offered;
+    field.value = first ?? (shown === "off" ? "0" : shown);
+    let typed = first !== null;
     const close = (keep) => {
       if (!field.isConnected || field.closing) return;
       field.closing = true;
       const value = typedValue(this.name, field.value);
       field.remove();
-      // What is shown is rounded: a field that is left as it was must not round the value.
-      if (!keep || value === null || field.value === offered) return;
+      // What is shown is rounded: a field that nobody typed in must not round the value.
+      if (!keep || value === null || !typed) return;
       this.begin();
       this.put(scale, value);
       this.finish();
     };
     const check = () => field.toggleAttribute("aria-invalid", typedValue(this.name, field.value) === null);
     check();
-    field.addEventListener("input", check);
+    field.addEventListener("input", () => {
+      typed = true;
+      check();
+    });
     field.addEventListener("keydown", (event) => {
       event.stopPropagation();
       if (event.key === "Enter" || event.key === "Escape") {
