@@ -241,7 +241,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write a safetensors file whose metadata also names the format; under its name it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
+    # safetensors makes files that none but their owner reads; this one is to be shared as any other is.
+    part.touch()
+    mode = part.stat().st_mode
     save_file(dict(tensors), part, {"format": "pt", "star_format": FORMAT, **metadata})
+    part.chmod(mode)
     os.replace(part, path)
 
 

@@ -32,7 +32,16 @@ from star_core.checkpoint import (
 from star_core.config import PRESETS, StarConfig, VQVAEConfig
 from star_core.key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
 from star_core.vqvae import VQVAE
-from star_core.weights import TensorFile, build_on_meta, check_keys, fill, kept_dtype, read_pickle, save_vqvae
+from star_core.weights import (
+    TensorFile,
+    build_on_meta,
+    check_keys,
+    fill,
+    kept_dtype,
+    read_pickle,
+    save_tensors,
+    save_vqvae,
+)
 
 RELEASED = json.loads((Path(__file__).parents[1] / "fixtures" / "official_state_dicts.json").read_text())
 PRESET_OF = {
@@ -175,6 +184,12 @@ def test_what_was_saved_is_loaded_value_for_value(files: Path, paired: Any):
     for name, tensor in paired.vqvae.state_dict().items():
         assert torch.equal(vqvae.state_dict()[name], tensor), name
     assert not any(p.requires_grad or p.is_meta for module in (networks, vqvae) for p in module.parameters())
+
+
+def test_a_saved_file_may_be_read_by_whom_any_other_file_may(tmp_path: Path):
+    (tmp_path / "any").touch()
+    save_tensors(tmp_path / "weights", {"weight": torch.zeros(2)}, {})
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def mapped(make: Callable[[], nn.Module], path: Path, table: KeyTable, dtype: torch.dtype) -> set[bool]:
