@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint import load_vqvae, resolve_config
@@ -16,6 +17,7 @@ from ..model_files import SHIPPED, STAR_FILE, VQVAE_FILE
 from ..presets import read_schedule
 from ..text_encoder import load_text_encoder
 from ..weights import METADATA_KEY, TensorFile, save_tensors
+from .soup import Soup
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `train model` to the command line."""
     parser.add_argument(
         "--star", type=Path, required=True, help="star.safetensors of the last stage that wrote one"
+    )
+    parser.add_argument(
+        "--mean-with",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="STAR",
+        help="star.safetensors of other ends of the same run: the model's weights are the mean of theirs and"
+        " --star's (its causal sampler stays, where they have none)",
     )
     parser.add_argument("--vqvae", type=Path, required=True, help="vqvae.safetensors with the same codebook")
     parser.add_argument(
@@ -41,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Write the folder; return a line that says where it is."""
-    config = assemble(args.star, args.vqvae, args.text, args.out, name=args.name, schedule=args.schedule)
+    naming = {"name": args.name, "schedule": args.schedule}
+    config = assemble(args.star, args.vqvae, args.text, args.out, mean_with=args.mean_with, **naming)
     return f"{args.out}: {config.name}, schedule {config.schedule}"
 
 
@@ -54,17 +66,26 @@ def text_width(text: Path) -> int:
 
 
 def assemble(
-    star: Path, vqvae: Path, text: Path, out: Path, *, name: str | None = None, schedule: str | None = None
+    star: Path,
+    vqvae: Path,
+    text: Path,
+    out: Path,
+    *,
+    mean_with: Sequence[Path] = (),
+    name: str | None = None,
+    schedule: str | None = None,
 ) -> StarConfig:
     """Write a model's folder, which `load` reads; return its configuration.
 
-    Raises ValueError where a file is missing or not of this architecture, where the schedule does not fit, and
+    Its weights are `star`'s, or the mean of those and of the files' in `mean_with` (see soup.py). Raises
+    ValueError where a file is missing or not of this architecture, where the schedule does not fit, and
     where `out` holds something already. Then, as after a kill, nothing is written there.
     """
     file = TensorFile(star)
     config = resolve_config(file, None)
     config = dataclasses.replace(config, name=name or config.name, schedule=schedule or config.schedule)
     read_schedule(config.schedule, config.maps)
+    weights = Soup(star, mean_with)
     load_vqvae(vqvae, config.vqvae)
     if (width := text_width(text)) != config.transformer.text_width:
         raise ValueError(f"{text} has states {width} wide, {star} reads {config.transformer.text_width}")
@@ -77,7 +98,7 @@ def assemble(
             for part in TEXT_PARTS:
                 shutil.copytree(text / part, whole / part)
             shutil.copyfile(vqvae, whole / VQVAE_FILE)
-            save_tensors(whole / STAR_FILE, file, {METADATA_KEY: config.to_json()})
+            save_tensors(whole / STAR_FILE, weights, {METADATA_KEY: config.to_json()})
             if out.exists():
                 out.rmdir()
             os.replace(whole, out)

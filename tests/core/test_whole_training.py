@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from star_core.__main__ import main
+from star_core.checkpoint import resolve_config
 from star_core.model_files import SHIPPED
 from star_core.request import Options
 from star_core.star import load
 from star_core.training import all_stages, assemble, causal_sampler, decoder, tokenizer, transformer
+from star_core.weights import METADATA_KEY, TensorFile, save_tensors
 
 STAGES = (tokenizer, transformer, causal_sampler, decoder)
 OPTIONS = {
@@ -252,3 +255,30 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_written(
     assert train_model(shipped, out, *options) == 2
     assert said in capsys.readouterr().err
     assert exported(tmp_path) == before
+
+
+def test_a_model_can_be_the_mean_of_what_several_runs_ended_with(
+    shipped: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    first = TensorFile(shipped["--star"])
+    config = resolve_config(first, None)
+    bare = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, sampler_depth=0))
+    samplers = {name for name in first if name.startswith("feat_extract_blocks")}
+    assert samplers
+    others = {name: first[name] * 3 for name in first if name not in samplers and "encoder_proj2" not in name}
+    save_tensors(tmp_path / "other", others, {METADATA_KEY: bare.to_json()})
+    assert train_model(shipped, tmp_path / "m", "--mean-with", *[str(tmp_path / "other")] * 3) == 0
+    mean = TensorFile(tmp_path / "m" / "star.safetensors")
+    assert set(mean) == set(first)
+    for name in first:
+        factor = 2.5 if name in others else 1
+        torch.testing.assert_close(mean[name].float(), factor * first[name].float(), rtol=0.01, atol=1e-6)
+        assert mean[name].dtype == first[name].dtype
+    for wrong, said in (("vqvae.safetensors", "not a STAR transformer"), ("none", "no such file")):
+        assert train_model(shipped, tmp_path / "n", "--mean-with", str(SHIPPED / wrong)) == 2
+        assert said in capsys.readouterr().err
+    odd = dataclasses.replace(bare, transformer=dataclasses.replace(bare.transformer, rope_extent=32.0))
+    save_tensors(tmp_path / "other", others, {METADATA_KEY: odd.to_json()})
+    assert train_model(shipped, tmp_path / "n", "--mean-with", str(tmp_path / "other")) == 2
+    assert "is another transformer than" in capsys.readouterr().err
+    assert not (tmp_path / "n").exists()
