@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -242,10 +243,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     # safetensors makes files that none but their owner reads; this one is to be shared as any other is.
+    part.unlink(missing_ok=True)
     part.touch()
-    mode = part.stat().st_mode
+    mode = stat.S_IMODE(part.stat().st_mode)
     save_file(dict(tensors), part, {"format": "pt", "star_format": FORMAT, **metadata})
-    part.chmod(mode)
+    if stat.S_IMODE(part.stat().st_mode) != mode:
+        part.chmod(mode)
     os.replace(part, path)
 
 

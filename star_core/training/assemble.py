@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="STAR",
-        help="star.safetensors of other ends of the same run: the model's weights are the mean of theirs and"
-        " --star's (its causal sampler stays, where they have none)",
+        help="star.safetensors of runs that this one went on from, or that went on from it: the model's"
+        " transformer is the mean of theirs and --star's, whose causal sampler stays",
     )
     parser.add_argument("--vqvae", type=Path, required=True, help="vqvae.safetensors with the same codebook")
     parser.add_argument(
@@ -52,8 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Write the folder; return a line that says where it is."""
-    naming = {"name": args.name, "schedule": args.schedule}
-    config = assemble(args.star, args.vqvae, args.text, args.out, mean_with=args.mean_with, **naming)
+    config = assemble(
+        args.star,
+        args.vqvae,
+        args.text,
+        args.out,
+        mean_with=args.mean_with,
+        name=args.name,
+        schedule=args.schedule,
+    )
     return f"{args.out}: {config.name}, schedule {config.schedule}"
 
 
@@ -77,7 +84,7 @@ def assemble(
 ) -> StarConfig:
     """Write a model's folder, which `load` reads; return its configuration.
 
-    Its weights are `star`'s, or the mean of those and of the files' in `mean_with` (see soup.py). Raises
+    Its transformer is `star`'s, or the mean of that and of the files' in `mean_with` (see soup.py). Raises
     ValueError where a file is missing or not of this architecture, where the schedule does not fit, and
     where `out` holds something already. Then, as after a kill, nothing is written there.
     """

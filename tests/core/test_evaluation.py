@@ -655,7 +655,7 @@ def test_the_committed_answers_are_those_that_the_notes_count() -> None:
     assert len(answers) == 48
     right = sum(mark(answers, load_prompts()))
     notes = (Path(__file__).parents[2] / "NOTES.md").read_text(encoding="utf-8")
-    assert f"{right} named right by a reader" in notes
+    assert int(re.findall(r"(\d+) named right by a reader", notes)[-1]) == right
 
 
 def test_the_held_out_prompts_of_the_sheet_are_captions_of_held_out_pairs() -> None:

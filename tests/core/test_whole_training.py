@@ -13,6 +13,7 @@ from torch import nn
 
 from star_core.__main__ import main
 from star_core.checkpoint import resolve_config
+from star_core.key_tables import SAMPLER_PREFIX, STAR_KEYS
 from star_core.model_files import SHIPPED
 from star_core.request import Options
 from star_core.star import load
@@ -257,28 +258,57 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_written(
     assert exported(tmp_path) == before
 
 
-def test_a_model_can_be_the_mean_of_what_several_runs_ended_with(
-    shipped: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    first = TensorFile(shipped["--star"])
+def write_other_end(path: Path, factor: float, **sizes: object) -> Path:
+    """Write the shipped file as another run's end: its transformer times a factor, its sampler of noise."""
+    first = TensorFile(SHIPPED / "star.safetensors")
     config = resolve_config(first, None)
-    bare = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, sampler_depth=0))
-    samplers = {name for name in first if name.startswith("feat_extract_blocks")}
-    assert samplers
-    others = {name: first[name] * 3 for name in first if name not in samplers and "encoder_proj2" not in name}
-    save_tensors(tmp_path / "other", others, {METADATA_KEY: bare.to_json()})
-    assert train_model(shipped, tmp_path / "m", "--mean-with", *[str(tmp_path / "other")] * 3) == 0
-    mean = TensorFile(tmp_path / "m" / "star.safetensors")
-    assert set(mean) == set(first)
+    sampler = {name for name in first if (STAR_KEYS.ours(name) or "").startswith(SAMPLER_PREFIX)}
+    tensors = {name: first[name] * (7 if name in sampler else factor) for name in first}
+    if sizes.get("sampler_depth") == 0:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in sampler}
+    changed = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, **sizes))
+    save_tensors(path, tensors, {METADATA_KEY: changed.to_json()})
+    return path
+
+
+def test_a_model_can_be_the_mean_of_transformers_that_were_trained_from_one_another(
+    shipped: dict[str, Path], tmp_path: Path
+):
+    bare = write_other_end(tmp_path / "bare", 3, sampler_depth=0)
+    whole = write_other_end(tmp_path / "whole", 5)
+    assert train_model(shipped, tmp_path / "m", "--mean-with", str(bare), str(whole)) == 0
+    first, mean = TensorFile(shipped["--star"]), TensorFile(tmp_path / "m" / "star.safetensors")
+    assert list(mean) == list(first)
+    others = set(TensorFile(bare))
+    assert 0 < len(others) < len(first)
     for name in first:
-        factor = 2.5 if name in others else 1
-        torch.testing.assert_close(mean[name].float(), factor * first[name].float(), rtol=0.01, atol=1e-6)
         assert mean[name].dtype == first[name].dtype
-    for wrong, said in (("vqvae.safetensors", "not a STAR transformer"), ("none", "no such file")):
-        assert train_model(shipped, tmp_path / "n", "--mean-with", str(SHIPPED / wrong)) == 2
-        assert said in capsys.readouterr().err
-    odd = dataclasses.replace(bare, transformer=dataclasses.replace(bare.transformer, rope_extent=32.0))
-    save_tensors(tmp_path / "other", others, {METADATA_KEY: odd.to_json()})
-    assert train_model(shipped, tmp_path / "n", "--mean-with", str(tmp_path / "other")) == 2
-    assert "is another transformer than" in capsys.readouterr().err
-    assert not (tmp_path / "n").exists()
+        if name in others:
+            torch.testing.assert_close(mean[name].float(), 3 * first[name].float(), rtol=0.01, atol=1e-6)
+        else:
+            assert torch.equal(mean[name], first[name]), f"{name} is the sampler's"
+
+
+@pytest.mark.parametrize("wrong", ["another kind", "no file", "sizes", "gaps", "shape"])
+def test_what_has_no_mean_is_refused(
+    wrong: str, shipped: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other, said = tmp_path / "other", "has no mean with"
+    if wrong == "another kind":
+        other, said = shipped["--vqvae"], "not a STAR transformer"
+    elif wrong == "no file":
+        said = "no such file"
+    elif wrong == "sizes":
+        write_other_end(other, 1, rope_extent=32.0)
+        said = "rope_extent is 32.0 instead of"
+    else:
+        file = TensorFile(write_other_end(tmp_path / "whole", 1))
+        tensors, name = dict(file), "blocks.1.ffn.fc1.weight"
+        tensors[name] = tensors[name][:-1].clone()
+        if wrong == "gaps":
+            del tensors[name]
+        save_tensors(other, tensors, file.metadata)
+        said = f"{name} is missing or of another shape"
+    assert train_model(shipped, tmp_path / "m", "--mean-with", str(other)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()

@@ -61,7 +61,7 @@ def client(server: Server) -> Iterator[Client]:
 
 
 VARIED = "top_k 600\ntop_p 0.8\nguidance ramp 4"
-"""A schedule under which seeds differ. The shipped model's own keeps only its likeliest tokens."""
+"""A schedule under which seeds differ. The shipped model's own leaves only the first two scales free."""
 
 
 def graph(seed: int, text: str = "Fluent 3D emoji of a red apple", **sample: Any) -> Prompt:
