@@ -5,7 +5,7 @@ import { BarRow, element } from "./bars.js";
 import { isRare, isShown } from "./quantities.js";
 import { presetName, readPart, scalesOf, writePreset, writeSides, writeValues } from "./schedule_part.js";
 import { ScheduleTextError, linesOf, parseSchedule, sidesText, valuesOf } from "./schedule_text.js";
-import { say } from "./words.js";
+import { described, nameOf, say } from "./words.js";
 
 const TOOLS_HEIGHT = 24;
 const NOTE_HEIGHT = 18;
@@ -260,8 +260,8 @@ export class ScheduleEditor {
       return;
     }
     const options = this.offered.map((preset) => {
-      const option = new Option(preset === model?.own ? this.word("own") : preset.name, preset.name);
-      option.title = preset.description;
+      const option = new Option(nameOf(this.host.locale(), preset), preset.name);
+      option.title = described(this.host.locale(), preset);
       return option;
     });
     this.presets.replaceChildren(new Option(this.word("presets"), ""), ...options);
@@ -291,7 +291,8 @@ export class ScheduleEditor {
     this.host.write(writePreset(this.host.read(), lines));
     this.host.applyPreset(preset);
     this.host.end();
-    this.setNote("plain", `${preset.name}: ${preset.description}`);
+    const locale = this.host.locale();
+    this.setNote("plain", `${nameOf(locale, preset)}: ${described(locale, preset)}`);
   }
 }
 

@@ -66,8 +66,53 @@ const WORDS = {
   },
 };
 
+// What presets do, in languages other than the server's English. A test misses what a new preset lacks.
+const DESCRIPTIONS = {
+  zh: {
+    "checkpoint's own": "未连接调度时，检查点绘制所用的调度",
+    "official-256": "top-k 4096，top-p 0.8，引导 ramp 4，不用采样器",
+    "official-512": "top-k 4096，top-p 0.8，引导 ramp 4，不用采样器",
+    "official-1024": "top-k 4096，因果采样器并参考 transformer 的置信度：8 步，最后一个尺度 15 步",
+    "demo-1024": "同 official-1024，但 top-k 600",
+    sampler: "top-k 4096，仅用因果采样器：每个细化的尺度 8 步",
+    old: "top-k 600，从尺度索引 9 起 300，从 12 起 100；不用采样器",
+    "top-k": "top-k 600，top-p 0.8，引导 ramp 4，不用采样器",
+    smooth: "VAR 的 more smooth：每个尺度用 Gumbel-softmax，引导 ramp 4",
+    fast: "同 official-512；最后两个尺度不用引导，并分别跳过 40 % 与 50 % 的词元",
+    "fast-1024": "同 official-1024，采样器步数减半；最后两个尺度同 fast",
+    fastest: "同 official-512；最后四个尺度不用引导，其中后三个分别跳过 30 %、40 % 与 50 % 的词元",
+  },
+  ja: {
+    "checkpoint's own": "スケジュールを接続しないときにチェックポイントが使うもの",
+    "official-256": "top-k 4096、top-p 0.8、ガイダンス ramp 4、サンプラーなし",
+    "official-512": "top-k 4096、top-p 0.8、ガイダンス ramp 4、サンプラーなし",
+    "official-1024": "top-k 4096、トランスフォーマーの確信度を使う因果サンプラー：8 ステップ、最後のスケールは 15",
+    "demo-1024": "official-1024 と同じで top-k 600",
+    sampler: "top-k 4096、因果サンプラーのみ：対象の各スケールで 8 ステップ",
+    old: "top-k 600、スケール番号 9 から 300、12 から 100。サンプラーなし",
+    "top-k": "top-k 600、top-p 0.8、ガイダンス ramp 4、サンプラーなし",
+    smooth: "VAR の more smooth：全スケールで Gumbel-softmax、ガイダンス ramp 4",
+    fast: "official-512 と同じ。最後の 2 スケールはガイダンスなしで、トークンの 40 % と 50 % を省く",
+    "fast-1024": "official-1024 と同じでサンプラーのステップは半分。最後の 2 スケールは fast と同じ",
+    fastest: "official-512 と同じ。最後の 4 スケールはガイダンスなし、うち最後の 3 つはトークンの 30 %、40 %、50 % を省く",
+  },
+};
+
 /** What a key says in a language (`zh-TW` falls back to `zh`, an unknown one to English). */
 export function say(locale, key, ...values) {
-  const words = WORDS[locale] ?? WORDS[String(locale).split("-")[0]] ?? WORDS.en;
-  return words[key].replace(/\{(\d)\}/g, (_, index) => values[Number(index)]);
+  return inLanguage(WORDS, locale)[key].replace(/\{(\d)\}/g, (_, index) => values[Number(index)]);
+}
+
+/** What a preset of the server is called in a language: all keep their names but the checkpoint's own. */
+export function nameOf(locale, preset) {
+  return preset.name === WORDS.en.own ? say(locale, "own") : preset.name;
+}
+
+/** What a preset of the server does, in a language; in the server's own words where there are no others. */
+export function described(locale, preset) {
+  return inLanguage(DESCRIPTIONS, locale)?.[preset.name] ?? preset.description;
+}
+
+function inLanguage(table, locale) {
+  return table[locale] ?? table[String(locale).split("-")[0]] ?? table.en;
 }
