@@ -33,7 +33,7 @@ class Soup(Mapping[str, Tensor]):
         """
         self._first = TensorFile(path)
         self._others = [TensorFile(other) for other in others]
-        self._averaged = [name for name in self._first if _is_transformer_s(name)]
+        self._averaged = [name for name in self._first if others and _is_transformer_s(name)]
         sizes = _transformer_facts(self._first)
         for file in self._others:
             theirs = _transformer_facts(file)

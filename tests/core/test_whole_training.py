@@ -223,6 +223,8 @@ def test_a_model_is_put_together_with_a_name_and_a_schedule(
     own = "top_k 600; top_p 0.5*4 0.1*6; guidance 0 1 2 3*6 1"
     assert train_model(shipped, tmp_path / "m", "--name", "other", "--schedule", own) == 0
     assert "other" in capsys.readouterr().out
+    copied, given = TensorFile(tmp_path / "m" / "star.safetensors"), TensorFile(shipped["--star"])
+    assert all(torch.equal(copied[name].view(torch.int16), given[name].view(torch.int16)) for name in given)
     ours, theirs = load(tmp_path / "m"), load()
     assert (ours.config.name, ours.config.schedule) == ("other", own)
     schedule = theirs.config.schedule
@@ -260,7 +262,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_written(
 
 
 def write_other_end(path: Path, factor: float, **sizes: object) -> Path:
-    """Write the shipped file as another run's end: its transformer times a factor, its sampler of noise."""
+    """Write the shipped file as another run's end: its transformer times a factor, its sampler times 7."""
     first = TensorFile(SHIPPED / "star.safetensors")
     config = resolve_config(first, None)
     sampler = {name for name in first if (STAR_KEYS.ours(name) or "").startswith(SAMPLER_PREFIX)}
