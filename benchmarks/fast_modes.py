@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import math
 import sys
 import time
@@ -206,51 +205,46 @@ def with_networks(star: Star, networks: Any) -> Star:
 # The cost
 
 
-class Logits:
-    """The guided logits of scales drawn, taken where tokens are made from them."""
+@dataclass(frozen=True)
+class Run:
+    """What a run drew scale by scale: its steps, what was drawn in each, each one's guided logits (B, n, V)."""
 
-    def __init__(self) -> None:
-        self._taken: list[Tensor] = []
+    steps: tuple[ScaleStep, ...]
+    drawn: tuple[Any, ...]
+    logits: tuple[Tensor, ...]
 
-    def __enter__(self) -> Logits:
+
+class Recorder:
+    """Takes down guided logits where tokens are made from them, and what is drawn."""
+
+    def __enter__(self) -> Recorder:
         self._original = star_core.generate._draw_scale
-
-        def recorded(picture: Any, *arguments: Any) -> Any:
-            _, _, schedule, features, scale, *_ = arguments
-            self._taken.append(picture.guided_logits(features, schedule.scales[scale].strength))
-            return self._original(picture, *arguments)
-
-        star_core.generate._draw_scale = recorded
         return self
 
     def __exit__(self, *_: object) -> None:
         star_core.generate._draw_scale = self._original
 
-    def of(self, star: Star, request: Request) -> tuple[tuple[ScaleStep, ...], list[Tensor]]:
-        """Return what a run draws, and the logits (B, n, V) of each scale that it draws."""
-        self._taken = []
-        steps = tuple(star.run(request))
-        return steps, self._taken
+    def of(self, star: Star, request: Request, follow: Run | None = None) -> Run:
+        """Return what a run draws; where one to follow is given, each scale is what that drew, and the logits
+        are those after its scales before."""
+        drawn: list[Any] = []
+        logits: list[Tensor] = []
 
-    def after(self, before: tuple[ScaleStep, ...], star: Star, request: Request) -> Tensor:
-        """Return the logits (B, n, V) of the scale after the given ones."""
-        following = dataclasses.replace(request, prefix=before, stop=len(before) + 1)
-        return self.of(star, following)[1][-1]
+        def recorded(picture: Any, *arguments: Any) -> Any:
+            _, _, schedule, features, scale, *_ = arguments
+            logits.append(picture.guided_logits(features, schedule.scales[scale].strength))
+            drawn.append(follow.drawn[scale] if follow else self._original(picture, *arguments))
+            return drawn[-1]
+
+        star_core.generate._draw_scale = recorded
+        steps = tuple(star.run(request))
+        return Run(steps, tuple(drawn), tuple(logits))
 
 
 def psnr(ours: Tensor, theirs: Tensor) -> float:
     """Return the mean PSNR in dB of pictures in [0, 1]; equal ones count as 60."""
     errors = (ours - theirs).square().flatten(1).mean(dim=1)
     return float((-10 * errors.clamp_min(1e-6).log10()).mean())
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What the exact mode drew, and the logits of each scale."""
-
-    steps: tuple[ScaleStep, ...]
-    pictures: Tensor
-    logits: list[Tensor]
 
 
 def cost_of_modes(
@@ -266,42 +260,39 @@ def cost_of_modes(
     for eight_bit in dict.fromkeys(mode.eight_bit for mode in every if mode.eight_bit):
         by_weights[eight_bit] = load(device=device, eight_bit=eight_bit)
     prompts = [entry.prompt for entry in load_prompts()][:count]
-    kept: dict[str, Drawn] = {}
+    kept: dict[str, Run] = {}
     found: dict[str, dict[str, Any]] = {}
-    with Logits() as logits:
+    with Recorder() as recorder:
         for mode in every:
             star = by_weights[mode.eight_bit]
             schedule = mode.change(read_schedule(mode.base, exact.config.maps))
             request = star.request(prompts, options=Options(seed=seed, schedule=schedule))
             try:
-                steps, own = logits.of(star, request)
-                pictures = star.decode(steps[-1].f_hat)
-                if mode.exact in kept:
-                    # The mode's logits after the exact scales before; the exact mode's own it drew from.
-                    before = kept[mode.exact].steps
-                    own = [logits.after(before[:scale], star, request) for scale in range(len(steps))]
+                run = recorder.of(star, request)
+                if mode.name == mode.exact:
+                    kept[mode.exact] = run
+                    continue
+                # The mode's logits after the exact scales before; the exact mode's own it drew from.
+                followed = recorder.of(star, request, follow=kept[mode.exact])
+                found[mode.name] = cost(star, run, followed, kept[mode.exact])
             except RuntimeError as error:  # on a GPU, where one mode's kernels may be missing
                 found[mode.name] = {"error": str(error)[:500]}
-                continue
-            drawn = Drawn(steps, pictures, own)
-            if mode.name == mode.exact:
-                kept[mode.exact] = drawn
-            else:
-                found[mode.name] = cost(drawn, kept[mode.exact])
     return found
 
 
-def cost(ours: Drawn, exact: Drawn) -> dict[str, float]:
-    """Return the differences of what a mode drew from what the exact one did."""
-    pairs = list(zip(ours.logits, exact.logits, strict=True))
+def cost(star: Star, free: Run, followed: Run, exact: Run) -> dict[str, float]:
+    """Return the differences of what a mode drew, freely and after the exact scales, from what the exact one
+    did."""
+    pairs = list(zip(followed.logits, exact.logits, strict=True))
     errors = torch.cat([((a - b).abs() / b.std()).flatten() for a, b in pairs])
-    steps = zip(ours.steps, exact.steps, strict=True)
+    steps = zip(free.steps, exact.steps, strict=True)
     equal = torch.cat([(a.tokens == b.tokens).float().flatten() for a, b in steps])
+    ours, theirs = (star.decode(run.steps[-1].f_hat) for run in (free, exact))
     return {
         "largest_logit_error": round(float(errors.max()), 3),
         "mean_logit_error": round(float(errors.mean()), 4),
         "equal_tokens": round(float(equal.mean()), 3),
-        "psnr_db": round(psnr(ours.pictures, exact.pictures), 2),
+        "psnr_db": round(psnr(ours, theirs), 2),
     }
 
 

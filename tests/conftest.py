@@ -3,6 +3,7 @@ on, and what stands in for downloads."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from star_core.quantizer import MultiScaleQuantizer
 from star_core.request import PromptSpan, Request, ScaleStep
 from star_core.sampling import PictureSeed
 from star_core.schedule import ScalePolicy, ScaleSchedule, Strategy, ramp
-from star_core.text_encoder import TextStates
+from star_core.text_encoder import TextEncoder, TextStates, load_text_encoder
 from star_core.training.splits import heldout
 from star_core.transformer import Transformer
 from star_core.vqvae import VQVAE
@@ -336,3 +337,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def distance() -> nn.Module:
     return Distance()
+
+
+@pytest.fixture(scope="session")
+def read_once() -> Callable[..., TextEncoder]:
+    """Return `load_text_encoder` that reads the same files once: training changes nothing in a text encoder."""
+    return functools.cache(load_text_encoder)

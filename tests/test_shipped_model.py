@@ -10,11 +10,19 @@ from star_core.model_files import SHIPPED
 from star_core.presets import sampler_start
 
 MEGABYTES = 40
+PROMPTS = ["red heart", "a dog", "Twemoji emoji of a rocket", "frog"]
 
 
 @pytest.fixture(scope="module")
 def star():
     return load()
+
+
+@pytest.fixture(scope="module")
+def inputs(star):
+    """What the transformer sees on the way to pictures of PROMPTS."""
+    tokens = [step.tokens for step in star.generate(PROMPTS, options=Options(seed=1))]
+    return star.vqvae.quantizer.teacher_inputs(tokens, star.config.maps)
 
 
 def test_all_files_together_stay_within_the_limit():
@@ -78,11 +86,8 @@ def test_a_picture_is_its_own_variation_where_all_its_scales_are_given(star):
     assert not torch.equal(varied[5].tokens, steps[5].tokens)
 
 
-def test_its_sampler_says_nearly_what_the_transformer_says_where_nothing_is_known(star):
-    prompts = ["red heart", "a dog", "Twemoji emoji of a rocket", "frog"]
-    tokens = [step.tokens for step in star.generate(prompts, options=Options(seed=1))]
-    maps, texts = star.config.maps, star.encode_text(prompts)
-    inputs = star.vqvae.quantizer.teacher_inputs(tokens, maps)
+def test_its_sampler_says_nearly_what_the_transformer_says_where_nothing_is_known(star, inputs):
+    maps, texts = star.config.maps, star.encode_text(PROMPTS)
     lengths = [height * width for height, width in maps]
     first = torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
@@ -93,7 +98,7 @@ def test_its_sampler_says_nearly_what_the_transformer_says_where_nothing_is_know
             begin = sum(lengths[:scale])
             places = torch.cat([first, torch.arange(begin, begin + lengths[scale])])
             part = features[:, begin : begin + lengths[scale]]
-            empty = torch.zeros(len(prompts), lengths[scale], star.config.transformer.code_width)
+            empty = torch.zeros(len(PROMPTS), lengths[scale], star.config.transformer.code_width)
             found = star.causal_sampler(empty, part, texts.pooled, scale, rotation.select(places))
             wanted = star.transformer.logits(part).log_softmax(dim=-1)
             apart = torch.nn.functional.kl_div(
@@ -107,13 +112,9 @@ BFLOAT16 = {"largest": 0.25, "mean": 0.02}
 """How far bfloat16 may move logits, in their standard deviations: three times what was measured (NOTES.md)."""
 
 
-def test_bfloat16_moves_the_logits_within_the_stated_bound(star):
-    prompts = ["red heart", "a dog", "Twemoji emoji of a rocket", "frog"]
-    tokens = [step.tokens for step in star.generate(prompts, options=Options(seed=1))]
-    inputs = star.vqvae.quantizer.teacher_inputs(tokens, star.config.maps)
-
+def test_bfloat16_moves_the_logits_within_the_stated_bound(star, inputs):
     def logits(model):
-        texts = model.encode_text(prompts)
+        texts = model.encode_text(PROMPTS)
         network = model.transformer
         with torch.no_grad():
             keys = network.text_keys(texts.hidden, texts.mask)

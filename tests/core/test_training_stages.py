@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +22,7 @@ from star_core.model_files import SHIPPED
 from star_core.request import Options, ScaleStep
 from star_core.rope import axial_rope_of_maps
 from star_core.star import load
-from star_core.text_encoder import load_text_encoder
+from star_core.text_encoder import TextEncoder
 from star_core.training import causal_sampler, decoder, tokenizer, transformer, versions
 from star_core.training import lessons as lessons_module
 from star_core.training.augmentation import Motion
@@ -42,6 +42,14 @@ SMALL = ["--channels", "8", "--multipliers", *"1111", "--codebook", "32", "--cod
 
 class Killed(BaseException):
     """As a kill, no handler of errors sees it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _text_encoder_read_once(read_once: Callable[..., TextEncoder]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in (transformer, causal_sampler):
+            patch.setattr(stage, "load_text_encoder", read_once)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -160,9 +168,9 @@ def test_a_run_of_other_sizes_is_refused(data, tokenizer_run, tmp_path):
         train(tokenizer, tmp_path / "tokens", data, *small, "--sides", "1", "3", "4", steps=2)
 
 
-def test_settled_lessons_keep_pictures_sharp(data, tokenizer_run):
+def test_settled_lessons_keep_pictures_sharp(data, tokenizer_run, read_once):
     pictures = EmojiSet.load(data, 32)
-    vqvae, text = load_vqvae(tokenizer_run / "vqvae.safetensors"), load_text_encoder(SHIPPED)
+    vqvae, text = load_vqvae(tokenizer_run / "vqvae.safetensors"), read_once(SHIPPED)
     lessons = Lessons(pictures, vqvae, text, square_maps([1, 2, 4]), torch.device("cpu"), variants=10, seed=3)
     assert lessons.features.shape[:2] == (10, len(pictures.records))
     plan = lessons.planner[(0, torch.arange(12))]._replace(variants=torch.arange(12) % 10)
@@ -235,12 +243,14 @@ def test_a_sampler_run_begins_as_the_transformer(data, tokenizer_run, transforme
 
 
 @pytest.fixture
-def teaching(data: Path, tokenizer_run: Path, transformer_run: Path) -> causal_sampler.SamplerLessons:
+def teaching(
+    data: Path, tokenizer_run: Path, transformer_run: Path, read_once: Callable[..., TextEncoder]
+) -> causal_sampler.SamplerLessons:
     networks = load_networks(transformer_run / "star.safetensors")[1]
     vqvae = load_vqvae(tokenizer_run / "vqvae.safetensors")
     maps = square_maps([1, 2, 4])
     device = torch.device("cpu")
-    lessons = Lessons(EmojiSet.load(data, 32), vqvae, load_text_encoder(SHIPPED), maps, device)
+    lessons = Lessons(EmojiSet.load(data, 32), vqvae, read_once(SHIPPED), maps, device)
     return causal_sampler.SamplerLessons(networks.transformer, lessons)
 
 

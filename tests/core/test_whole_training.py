@@ -17,6 +17,7 @@ from star_core.key_tables import SAMPLER_PREFIX, STAR_KEYS
 from star_core.model_files import SHIPPED
 from star_core.request import Options
 from star_core.star import load
+from star_core.text_encoder import TextEncoder
 from star_core.training import all_stages, assemble, causal_sampler, decoder, tokenizer, transformer
 from star_core.training.soup import Soup
 from star_core.weights import METADATA_KEY, TensorFile, save_tensors
@@ -32,8 +33,14 @@ OPTIONS = {
 
 @pytest.fixture
 def train_all(
-    data: Path, distance: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    distance: nn.Module,
+    read_once: Callable[..., TextEncoder],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., str]:
+    for stage in (transformer, causal_sampler, assemble):
+        monkeypatch.setattr(stage, "load_text_encoder", read_once)
     for stage in (tokenizer, decoder, all_stages):
         monkeypatch.setattr(stage, "asset_path", lambda name, folder: folder)
     for stage in (tokenizer, decoder):

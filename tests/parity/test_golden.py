@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from star_core import canvas, quantizer, sampling, transformer
+from star_core import canvas, parity, quantizer, sampling, transformer
 from star_core.__main__ import main
 from star_core.parity import (
     INPUTS,
@@ -56,6 +57,14 @@ def golden_metadata() -> dict[str, str]:
 def golden_tensors() -> dict[str, Tensor]:
     with safe_open(GOLDEN, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _values_made_once() -> Iterator[None]:
+    """Make each parameter's value once: models of the same weights are built by the dozen here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "reproducible_value", functools.cache(reproducible_value))
+        yield
 
 
 @pytest.fixture(scope="module")
