@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .graphs import Replays
 from .text_files import (
     TEXT_KEYS,
+    check_merges,
     check_tokenizer,
     find_text_files,
     read_text_tensors,
@@ -234,9 +235,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # whether ftfy is installed. The fast one is what 5 calls CLIPTokenizer: equal ids in every version.
     kind = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer
     try:
+        check_merges(folder)
         words = kind.from_pretrained(str(folder), local_files_only=True, clean_up_tokenization_spaces=False)
     except Exception as error:  # tokenizers raises plain ones
-        said = str(error).partition("\n")[0]
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
             f"{folder}: its vocab.json and merges.txt make no CLIP tokenizer ({said:.200}). Download both again"
         ) from error

@@ -40,6 +40,8 @@ _ROWS = "embeddings.token_embedding.weight"
 _ACTIVATIONS = {512: "quick_gelu", 768: "quick_gelu", 1024: "gelu", 1280: "gelu"}
 _HEAD_WIDTH = 64
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
+_UNMERGED = 2 * 256 + 2
+"""Words that CLIP's byte pair encoding begins with: every byte, within a word and at its end; start and end."""
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,6 +125,19 @@ def check_tokenizer(folder: Path) -> None:
             raise ValueError(
                 f"{folder}: no {name}, or nothing in it. It comes in the folder tokenizer/ of the model"
             )
+
+
+def check_merges(folder: Path) -> None:
+    """Raise ValueError where a tokenizer's merges.txt makes fewer words than its vocab.json holds.
+
+    It is cut off then, or a page that says why there is no file. transformers takes it, and reads every prompt
+    as other words.
+    """
+    words = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+    # Its first line tells the version, and the last one ends.
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").rstrip().count("\n")
+    if merges < words - _UNMERGED:
+        raise ValueError(f"{merges} merges are too few for {words} words")
 
 
 def read_text_tensors(path: Path) -> Mapping[str, Tensor]:

@@ -9,11 +9,13 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from star_core import convert as conversion
@@ -423,8 +425,10 @@ def test_a_d16_file_goes_round_in_little_memory(full_size: tuple[Path, FullSize,
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     # The weights as they are mapped, their halves, and little else: the optimizer is never touched. A 20 GB
     # file of the d30 model with its sampler, 7.3 GB of weights, 1.8 GB of VQ-VAE and text encoder, takes
-    # 1.5 times as much at most: 14 GB, of which the mapped part can be taken back at any time.
-    assert int(done.stdout) < 1.5 * weights + 2.5e8
+    # 1.5 times as much at most: 14 GB, of which the mapped part can be taken back at any time. safetensors
+    # before 0.8 copies the halves to write them: 18 GB.
+    parts = 1.5 if Version(version("safetensors")) >= Version("0.8") else 2.0
+    assert int(done.stdout) < parts * weights + 2.5e8
     config, networks = load_networks(tmp_path / "star.safetensors", dtype=torch.float16)
     assert config == PRESETS["star-256-d16"]
     loaded = networks.state_dict()

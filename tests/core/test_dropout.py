@@ -101,6 +101,7 @@ def test_a_compiled_block_leaves_out_what_the_plain_one_does(block):
     assert not torch.equal(plain[0], plain[2])
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch 2.4 compiles each block apart: 2.5 is needed")
 def test_blocks_share_what_is_compiled_of_them():
     blocks = [TextBlock(64, 1, 16) for _ in range(10)]
     Dropout(blocks, 0.25, seed=3).begin(1)

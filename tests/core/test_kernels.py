@@ -12,9 +12,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from star_core import kernels
@@ -190,13 +192,21 @@ def test_without_triton_the_references_serve_and_nobody_is_warned(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+def need_triton(least: str, why: str) -> ModuleType:
+    """Return Triton; skip the test where there is none, or an older one."""
+    triton = pytest.importorskip("triton", reason=f"no Triton {least} or newer here, {why}")
+    if Version(triton.__version__) < Version(least):
+        pytest.skip(f"Triton {triton.__version__}, not {least} or newer, {why}")
+    return triton
+
+
 INTERPRETED = ("kernels_interpreted.py", "vqvae_kernels_interpreted.py")
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
     """The files that need Triton's interpreter, each running in a process of its own."""
-    pytest.importorskip("triton", reason="no Triton here: the kernels are not compared with their references")
+    need_triton("3.2", "whose interpreter knows annotations as texts: the kernels are not compared")
     cache = tmp_path_factory.mktemp("triton")
     environment = {
         **os.environ,
@@ -274,7 +284,7 @@ WHOLE_PICTURES = ("norms._moments", "norms._applied", "convolutions._sums")
 @pytest.mark.parametrize("name", BUILDS)
 def test_the_kernels_compile_for_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     # The interpreter runs what no compiler would take; to compile for a GPU, none has to be there.
-    triton = pytest.importorskip("triton", reason="no Triton here: the kernels are not compiled")
+    triton = need_triton("3.3", "which says in this way what it compiles for: the kernels are not compiled")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -304,6 +304,7 @@ NO_TOKENIZER = r"vocab\.json and merges\.txt make no CLIP tokenizer \(.+\)\. Dow
         (words_with("vocab.json", lambda text: b'{"a": {"b": 1}}'), NO_TOKENIZER),
         (words_with("merges.txt", lambda text: bytes(range(256))), NO_TOKENIZER),
         (words_with("merges.txt", lambda text: b"<!DOCTYPE html>\n"), NO_TOKENIZER),
+        (words_with("merges.txt", lambda text: b"\n".join(text.split(b"\n")[:6])), NO_TOKENIZER),
         (words_with("merges.txt", lambda text: b""), "no merges.txt, or nothing in it"),
         (settings_with(hidden_act="foo"), r"config\.json: hidden_act is 'foo'.*Download it again"),
         (settings_with(hidden_act=["gelu"]), r"config\.json: hidden_act is \['gelu'\]"),
