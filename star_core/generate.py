@@ -75,8 +75,13 @@ def generate(
 
 def _check_kept(request: Request, codebook_size: int) -> None:
     """Raise ValueError for kept tokens of another codebook: on a GPU they would end the process."""
-    for scale, tokens in enumerate(() if request.kept is None else request.kept.tokens):
-        least, most = (int(value) for value in tokens.aminmax())
+    if request.kept is None:
+        return
+    for scale, (tokens, mask) in enumerate(zip(request.kept.tokens, request.kept.masks, strict=True)):
+        kept = tokens[mask.bool()]
+        if not len(kept):
+            continue
+        least, most = (int(value) for value in kept.aminmax())
         if least < 0 or most >= codebook_size:
             raise ValueError(
                 f"kept tokens of scale {scale + 1} are {least} to {most}, this model's codebook has"
@@ -298,7 +303,9 @@ def _kept_at(request: Request, scale: int, device: torch.device) -> PartialMap:
         tokens = torch.zeros(shape, dtype=torch.long, device=device)
         return PartialMap(tokens, torch.zeros(shape, dtype=torch.bool, device=device))
     tokens, mask = (upload(kept[scale], device) for kept in (request.kept.tokens, request.kept.masks))
-    return PartialMap(tokens.long(), mask.bool())
+    known = mask.bool()
+    # What is not kept may be anything, and is looked up by the causal sampler before it is left out.
+    return PartialMap(tokens.long().masked_fill(~known, 0), known)
 
 
 @torch.no_grad()

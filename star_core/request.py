@@ -80,7 +80,10 @@ def joined(batches: Sequence[Sequence[ScaleStep]]) -> tuple[ScaleStep, ...]:
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Tokens to keep at every scale: tokens and masks, each (B, h * w) per scale, True where kept."""
+    """Tokens to keep at every scale: tokens and masks, each (B, h * w) per scale, True where kept.
+
+    Tokens that are not kept may be any numbers: nothing depends on them.
+    """
 
     tokens: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]

@@ -875,6 +875,22 @@ def test_kept_tokens_of_another_codebook_are_refused_before_anything_is_drawn(
         next(steps)
 
 
+@pytest.mark.parametrize("kind", ["plain", "smooth", "official", "confidence", "masked"])
+def test_tokens_that_are_not_kept_may_be_any_numbers(
+    ask: Callable, paired: object, tokens: Callable, make_schedule: Callable, kind: str
+):
+    some, masks = tokens(paired.maps, 2, 0), tuple(t % 2 > 0 for t in tokens(paired.maps, 2, 1))
+    assert 0 < masks[1].sum() < masks[1].numel()
+    wild = tuple(torch.where(mask, t, 10**6 - 2 * 10**6 * t) for t, mask in zip(some, masks, strict=True))
+    request = ask([1, 2], make_schedule(kind))
+    one, other = (
+        paired.run(dataclasses.replace(request, kept=KeptTokens(kept, masks))) for kept in (some, wild)
+    )
+    for ours, theirs in zip(one, other, strict=True):
+        assert torch.equal(ours.tokens, theirs.tokens)
+        assert torch.equal(ours.f_hat, theirs.f_hat)
+
+
 def test_kept_tokens_of_four_bytes_give_steps_of_eight_as_any_others(
     ask: Callable, paired: object, make_schedule: Callable
 ):
