@@ -224,7 +224,7 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         star_core.generate._draw_scale = self._original
 
-    def of(self, star: Star, request: Request, follow: Run | None = None) -> Run:
+    def of(self, star: Star, request: Request, *, follow: Run | None = None) -> Run:
         """Return what a run draws; where one to follow is given, each scale is what that drew, and the logits
         are those after its scales before."""
         drawn: list[Any] = []
@@ -233,8 +233,9 @@ class Recorder:
         def recorded(picture: Any, *arguments: Any) -> Any:
             _, _, schedule, features, scale, *_ = arguments
             logits.append(picture.guided_logits(features, schedule.scales[scale].strength))
-            drawn.append(follow.drawn[scale] if follow else self._original(picture, *arguments))
-            return drawn[-1]
+            made = self._original(picture, *arguments) if follow is None else follow.drawn[scale]
+            drawn.append(made)
+            return made
 
         star_core.generate._draw_scale = recorded
         steps = tuple(star.run(request))
@@ -252,7 +253,7 @@ def cost_of_modes(
 ) -> dict[str, dict[str, Any]]:
     """Draw the sheet's prompts with the shipped model by every mode; compare with the exact one.
 
-    A mode that fails is returned with its error. names: see chosen().
+    A mode that fails is returned with its error, and so are all whose exact one fails. names: see chosen().
     """
     exact = load(device=device)
     every = chosen(names, sampler=exact.causal_sampler is not None)
@@ -264,6 +265,9 @@ def cost_of_modes(
     found: dict[str, dict[str, Any]] = {}
     with Recorder() as recorder:
         for mode in every:
+            if "error" in found.get(mode.exact, {}):
+                found[mode.name] = {"error": f"{mode.exact} failed, with which this is compared"}
+                continue
             star = by_weights[mode.eight_bit]
             schedule = mode.change(read_schedule(mode.base, exact.config.maps))
             request = star.request(prompts, options=Options(seed=seed, schedule=schedule))

@@ -78,7 +78,7 @@ def _check_kept(request: Request, codebook_size: int) -> None:
     if request.kept is None:
         return
     for scale, (tokens, mask) in enumerate(zip(request.kept.tokens, request.kept.masks, strict=True)):
-        kept = tokens[mask.bool()]
+        kept = tokens[mask.to(tokens.device, torch.bool)]
         if not len(kept):
             continue
         least, most = (int(value) for value in kept.aminmax())

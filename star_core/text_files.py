@@ -40,8 +40,8 @@ _ROWS = "embeddings.token_embedding.weight"
 _ACTIVATIONS = {512: "quick_gelu", 768: "quick_gelu", 1024: "gelu", 1280: "gelu"}
 _HEAD_WIDTH = 64
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
-_UNMERGED = 2 * 256 + 2
-"""Words that CLIP's byte pair encoding begins with: every byte, within a word and at its end; start and end."""
+_LETTERS = 2 * 255
+"""Words that CLIP's byte pair encoding begins with: every byte but `<`, within a word and at its end."""
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,16 +128,22 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def check_merges(folder: Path) -> None:
-    """Raise ValueError where a tokenizer's merges.txt makes fewer words than its vocab.json holds.
+    """Raise ValueError, in a few words, where merges.txt does not make the words of its folder's vocab.json.
 
-    It is cut off then, or a page that says why there is no file. transformers takes it, and reads every prompt
-    as other words.
+    It is cut off then, or a page that says why there is no file. transformers may take it, and read every
+    prompt as other words. A tokenizer.json is read in place of both.
     """
-    words = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
-    # Its first line tells the version, and the last one ends.
-    merges = (folder / "merges.txt").read_text(encoding="utf-8").rstrip().count("\n")
-    if merges < words - _UNMERGED:
-        raise ValueError(f"{merges} merges are too few for {words} words")
+    if (folder / "tokenizer.json").is_file():
+        return
+    words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    head, *merges = (folder / "merges.txt").read_text(encoding="utf-8").rstrip().split("\n")
+    if not head.startswith("#version"):
+        # transformers 4 takes the first line for it, whatever is in there.
+        raise ValueError("merges.txt does not begin with #version")
+    # Added words, like <cat-toy>, are made by none.
+    made = sum(not word.startswith("<") for word in words) - _LETTERS
+    if len(merges) < made:
+        raise ValueError(f"{len(merges)} merges do not make {made} words")
 
 
 def read_text_tensors(path: Path) -> Mapping[str, Tensor]:

@@ -296,6 +296,18 @@ def settings_with(**changed):
 NO_TOKENIZER = r"vocab\.json and merges\.txt make no CLIP tokenizer \(.+\)\. Download both again"
 
 
+@pytest.mark.parametrize("change", ["added word", "windows"])
+def test_a_tokenizer_of_a_user_s_own_is_taken(folder, encoder, change):
+    if change == "added word":
+        words_with("vocab.json", lambda text: json.dumps(json.loads(text) | {"<cat-toy>": 523}).encode())(
+            folder
+        )
+    else:
+        words_with("merges.txt", lambda text: text.rstrip().replace(b"\n", b"\r\n"))(folder)
+    words = load_tokenizer(folder / "tokenizer")
+    assert words(PROMPTS)["input_ids"] == encoder.tokenizer(PROMPTS)["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
@@ -304,7 +316,11 @@ NO_TOKENIZER = r"vocab\.json and merges\.txt make no CLIP tokenizer \(.+\)\. Dow
         (words_with("vocab.json", lambda text: b'{"a": {"b": 1}}'), NO_TOKENIZER),
         (words_with("merges.txt", lambda text: bytes(range(256))), NO_TOKENIZER),
         (words_with("merges.txt", lambda text: b"<!DOCTYPE html>\n"), NO_TOKENIZER),
-        (words_with("merges.txt", lambda text: b"\n".join(text.split(b"\n")[:6])), NO_TOKENIZER),
+        (
+            words_with("merges.txt", lambda text: text[: text.rstrip().rindex(b"\n")]),
+            r"\(8 merges do not make 9 words",
+        ),
+        (words_with("merges.txt", lambda text: text[text.index(b"\n") + 1 :]), "does not begin with #version"),
         (words_with("merges.txt", lambda text: b""), "no merges.txt, or nothing in it"),
         (settings_with(hidden_act="foo"), r"config\.json: hidden_act is 'foo'.*Download it again"),
         (settings_with(hidden_act=["gelu"]), r"config\.json: hidden_act is \['gelu'\]"),
