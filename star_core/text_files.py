@@ -136,14 +136,15 @@ def check_merges(folder: Path) -> None:
     if (folder / "tokenizer.json").is_file():
         return
     words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    head, *merges = (folder / "merges.txt").read_text(encoding="utf-8").rstrip().split("\n")
+    head, _, merges = (folder / "merges.txt").read_text(encoding="utf-8").rstrip().partition("\n")
     if not head.startswith("#version"):
         # transformers 4 takes the first line for it, whatever is in there.
         raise ValueError("merges.txt does not begin with #version")
     # Added words, like <cat-toy>, are made by none.
-    made = sum(not word.startswith("<") for word in words) - _LETTERS
-    if len(merges) < made:
-        raise ValueError(f"{len(merges)} merges do not make {made} words")
+    made = sum(word[0] != "<" for word in words if word) - _LETTERS
+    found = merges.count("\n") + bool(merges)
+    if found < made:
+        raise ValueError(f"{found} merges do not make {made} words")
 
 
 def read_text_tensors(path: Path) -> Mapping[str, Tensor]:
