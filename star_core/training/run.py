@@ -32,7 +32,7 @@ def compile_blocks(args: argparse.Namespace, blocks: Iterable[nn.Module]) -> Non
     """Fuse each block's operations where it was asked for.
 
     Block by block: blocks are alike, and what is around them is little. A ninth shape (caption length, window
-    or whole maps) would run unfused, torch says so then. torch 2.4 counts every block as a shape of its own.
+    or whole maps) would run unfused, torch says so then. torch 2.4 compiles every block apart.
     """
     if args.compile:
         for block in blocks:
