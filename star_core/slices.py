@@ -9,7 +9,7 @@ short. Inference alone: training needs the whole map's graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -81,15 +81,15 @@ def norm_silu_conv(
 
     onto (B, channels, h, w): another map that the result is added to, in its place.
     """
-    scale, shift = _affine(x, norm)
     out = _empty_like(x, channels, x.shape[2], x.shape[3]) if onto is None else onto
-    for strip in strips(x):
-        normalised = torch.addcmul(shift, strip.of(x).float(), scale)
-        made = strip.inner(conv(F.silu(normalised, inplace=True).to(x.dtype)))
-        if onto is None:
-            out[:, :, strip.rows()] = made
-        else:
-            out[:, :, strip.rows()] += made
+    for seen, made in _apart(x, out):
+        normalised = _normaliser(seen, norm)
+        for strip in strips(seen):
+            rows = strip.inner(conv(F.silu(normalised(strip.of(seen)), inplace=True).to(x.dtype)))
+            if onto is None:
+                made[:, :, strip.rows()] = rows
+            else:
+                made[:, :, strip.rows()] += rows
     return out
 
 
@@ -102,7 +102,42 @@ def enlarged_conv(x: Tensor, conv: nn.Module) -> Tensor:
     return out
 
 
-def _affine(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+Normaliser = Callable[[Tensor], Tensor]
+
+
+def _apart(x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield x and its output as they are computed: on a CPU, which has no use for more, picture by picture."""
+    return zip(x.split(1), out.split(1), strict=True) if _by_channels(x) else iter([(x, out)])
+
+
+def _by_channels(x: Tensor) -> bool:
+    """Whether `batch_norm` normalises x: in bfloat16 a CPU's makes no float32 copies. Else nothing is won."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _normaliser(x: Tensor, norm: nn.GroupNorm) -> Normaliser:
+    """Return what makes norm(x)'s rows of x's rows."""
+    weight, bias = (each.to(x.device, torch.float32) for each in (norm.weight, norm.bias))
+    if _by_channels(x):
+        mean, variance = _moments_by_channels(x, norm.num_groups)
+        return lambda rows: F.batch_norm(rows, mean, variance, weight, bias, eps=norm.eps)
+    scale, shift = _affine(x, norm, weight, bias)
+    return lambda rows: torch.addcmul(shift, rows.float(), scale)
+
+
+def _moments_by_channels(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance (C,) of each channel's group in one picture x (1, C, h, w)."""
+    unused = x.new_zeros(x.shape[1], dtype=torch.float32), x.new_ones(x.shape[1], dtype=torch.float32)
+    # The only operation that takes moments of half precision in float32 and writes no map.
+    found = torch.batch_norm_update_stats(x, *unused, 0.0)
+    means, variances = (each.double().view(groups, -1) for each in found)
+    mean = means.mean(dim=1, keepdim=True)
+    variance = (variances + (means - mean).square()).mean(dim=1, keepdim=True)
+    spread = (each.float().expand_as(means).flatten() for each in (mean, variance))
+    return next(spread), next(spread)
+
+
+def _affine(x: Tensor, norm: nn.GroupNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return scale and shift (B, C, 1, 1), float32, with which x * scale + shift is norm(x)."""
     # Apple's GPUs have nothing wider.
     wide = torch.float32 if x.device.type == "mps" else torch.float64
@@ -120,12 +155,8 @@ def _affine(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     variance = (weights * (torch.stack(variances) + spread)).sum(0)
     deviation = (variance + norm.eps).rsqrt().float()
     each = x.shape[1] // norm.num_groups
-    own = (
-        norm.weight.to(device=x.device, dtype=torch.float32),
-        norm.bias.to(device=x.device, dtype=torch.float32),
-    )
-    scale = deviation.repeat_interleave(each, dim=1) * own[0]
-    shift = own[1] - mean.float().repeat_interleave(each, dim=1) * scale
+    scale = deviation.repeat_interleave(each, dim=1) * weight
+    shift = bias - mean.float().repeat_interleave(each, dim=1) * scale
     return rearrange(scale, "b c -> b c 1 1"), rearrange(shift, "b c -> b c 1 1")
 
 

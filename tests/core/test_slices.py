@@ -44,6 +44,25 @@ def test_a_layer_in_strips_is_the_layer(small_strips: int, layout: torch.memory_
     assert norm_silu_conv(x, norm, conv, channels=6).is_contiguous(memory_format=layout)
 
 
+@torch.no_grad()
+def test_a_layer_in_strips_is_the_layer_in_half_precision_too(small_strips: int):
+    norm, conv = nn.GroupNorm(4, 8).bfloat16(), nn.Conv2d(8, 6, 3, padding=1).bfloat16()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = random_map(2, 8, 13, 7).bfloat16().to(memory_format=LAYOUT)
+    # The groups' means and the channels' within a group differ, and so do the pictures'.
+    x += 3 * torch.randn(2, 8, 1, 1, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = copy.deepcopy(conv).float()(nn.functional.silu(copy.deepcopy(norm).float()(x.float())))
+    rounding = (conv(nn.functional.silu(norm(x))) - exact).abs().max()
+    assert 0 < rounding < 0.05
+    found = norm_silu_conv(x, norm, conv, channels=6)
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).abs().max() < 2 * rounding
+    base = random_map(2, 6, 13, 7, seed=1).bfloat16().to(memory_format=LAYOUT)
+    added = norm_silu_conv(x, norm, conv, channels=6, onto=base.clone())
+    torch.testing.assert_close(added, base + found)
+
+
 @pytest.mark.parametrize("size", [(4, 6), (8, 3)], ids=str)
 def test_a_picture_decoded_in_strips_is_the_picture(paired: object, small_strips: int, size: tuple[int, int]):
     f_hat = torch.randn(2, 8, *size, generator=torch.Generator().manual_seed(0))
