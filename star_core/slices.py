@@ -21,6 +21,9 @@ from torch import Tensor, nn
 STRIP = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Elements of one strip: what a CPU's cache holds, what fills a GPU. Smaller maps are computed whole."""
 
+SUMMED = 1 << 14
+"""Numbers of a channel that a CPU sums up one after the other, in float32, without losing digits that count."""
+
 _sliced: ContextVar[bool] = ContextVar("sliced", default=False)
 
 
@@ -63,11 +66,15 @@ def worth_slicing(x: Tensor, scale: int = 1) -> bool:
 
 def strips(x: Tensor, scale: int = 1) -> Iterator[Strip]:
     """Yield strips of a map x (B, C, h, w) from top to bottom, with a row of each neighbour."""
-    height = x.shape[2]
-    rows = max(1, _most(x) // (x.numel() // height * scale * scale))
+    height, rows = x.shape[2], _rows(x, scale)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         yield Strip(top, bottom, min(1, top), min(1, height - bottom))
+
+
+def _rows(x: Tensor, scale: int = 1) -> int:
+    """Return how many rows of a map x (B, C, h, w) a strip has."""
+    return max(1, _most(x) // (x.numel() // x.shape[2] * scale * scale))
 
 
 def _most(x: Tensor) -> int:
@@ -118,46 +125,45 @@ def _by_channels(x: Tensor) -> bool:
 def _normaliser(x: Tensor, norm: nn.GroupNorm) -> Normaliser:
     """Return what makes norm(x)'s rows of x's rows."""
     weight, bias = (each.to(x.device, torch.float32) for each in (norm.weight, norm.bias))
+    each = x.shape[1] // norm.num_groups
+    mean, variance = _moments(x, norm.num_groups)
+    means = mean.float().repeat_interleave(each, dim=1)
     if _by_channels(x):
-        mean, variance = _moments_by_channels(x, norm.num_groups)
-        return lambda rows: F.batch_norm(rows, mean, variance, weight, bias, eps=norm.eps)
-    scale, shift = _affine(x, norm, weight, bias)
-    return lambda rows: torch.addcmul(shift, rows.float(), scale)
+        variances = variance.float().repeat_interleave(each, dim=1)
+        return lambda rows: F.batch_norm(rows, means[0], variances[0], weight, bias, eps=norm.eps)
+    scale = (variance + norm.eps).rsqrt().float().repeat_interleave(each, dim=1) * weight
+    shift = bias - means * scale
+    factor, addend = (rearrange(part, "b c -> b c 1 1") for part in (scale, shift))
+    return lambda rows: torch.addcmul(addend, rows.float(), factor)
 
 
-def _moments_by_channels(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Return the mean and variance (C,) of each channel's group in one picture x (1, C, h, w)."""
-    unused = x.new_zeros(x.shape[1], dtype=torch.float32), x.new_ones(x.shape[1], dtype=torch.float32)
-    # The only operation that takes moments of half precision in float32 and writes no map.
-    found = torch.batch_norm_update_stats(x, *unused, 0.0)
-    means, variances = (each.double().view(groups, -1) for each in found)
-    mean = means.mean(dim=1, keepdim=True)
-    variance = (variances + (means - mean).square()).mean(dim=1, keepdim=True)
-    spread = (each.float().expand_as(means).flatten() for each in (mean, variance))
-    return next(spread), next(spread)
-
-
-def _affine(x: Tensor, norm: nn.GroupNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and shift (B, C, 1, 1), float32, with which x * scale + shift is norm(x)."""
+def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance (B, G) of each group of channels of x (B, C, h, w)."""
     # Apple's GPUs have nothing wider.
     wide = torch.float32 if x.device.type == "mps" else torch.float64
-    counts, means, variances = [], [], []
-    for strip in strips(x):
-        rows = x[:, :, strip.rows()].float()
-        grouped = rearrange(rows, "b (g c) h w -> b g (c h w)", g=norm.num_groups)
-        variance, mean = torch.var_mean(grouped, dim=-1, correction=0)
-        counts.append(strip.bottom - strip.top)
-        means.append(mean.to(wide))
-        variances.append(variance.to(wide))
+    most = max(1, SUMMED // x.shape[3]) if _by_channels(x) else x.shape[2]
+    counts, found = [], []
+    for rows in x.split(min(_rows(x), most), dim=2):
+        counts.append(rows.shape[2])
+        found.append([each.to(wide) for each in _moments_of_rows(rows, groups)])
+    means, variances = (torch.stack(each) for each in zip(*found, strict=True))
     weights = torch.tensor(counts, dtype=wide, device=x.device)[:, None, None] / x.shape[2]
-    mean = (weights * torch.stack(means)).sum(0)
-    spread = (torch.stack(means) - mean).square()
-    variance = (weights * (torch.stack(variances) + spread)).sum(0)
-    deviation = (variance + norm.eps).rsqrt().float()
-    each = x.shape[1] // norm.num_groups
-    scale = deviation.repeat_interleave(each, dim=1) * weight
-    shift = bias - mean.float().repeat_interleave(each, dim=1) * scale
-    return rearrange(scale, "b c -> b c 1 1"), rearrange(shift, "b c -> b c 1 1")
+    mean = (weights * means).sum(0)
+    return mean, (weights * (variances + (means - mean).square())).sum(0)
+
+
+def _moments_of_rows(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance (B, G) of each group of channels of rows (B, C, n, w)."""
+    if _by_channels(rows):
+        zeros, ones = rows.new_zeros(rows.shape[1], dtype=torch.float32), rows.new_ones(rows.shape[1]).float()
+        # The only operation that takes moments of half precision in float32 and writes no map.
+        found = torch.batch_norm_update_stats(rows, zeros, ones, 0.0)
+        means, variances = (each.double().view(1, groups, -1) for each in found)
+        mean = means.mean(dim=-1)
+        return mean, (variances + (means - mean.unsqueeze(-1)).square()).mean(dim=-1)
+    grouped = rearrange(rows.float(), "b (g c) h w -> b g (c h w)", g=groups)
+    variance, mean = torch.var_mean(grouped, dim=-1, correction=0)
+    return mean, variance
 
 
 def _empty_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:

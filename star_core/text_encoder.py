@@ -239,7 +239,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         words = kind.from_pretrained(str(folder), local_files_only=True, clean_up_tokenization_spaces=False)
     except Exception as error:  # tokenizers raises plain ones
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(
-            f"{folder}: its vocab.json and merges.txt make no CLIP tokenizer ({said:.200}). Download both again"
-        ) from error
+        whole = (folder / "tokenizer.json").is_file()  # read in place of the others
+        files = "tokenizer.json makes" if whole else "vocab.json and merges.txt make"
+        remedy = "Download it again, or remove it" if whole else "Download both again"
+        raise ValueError(f"{folder}: its {files} no CLIP tokenizer ({said:.200}). {remedy}") from error
     return cast("PreTrainedTokenizerBase", words)

@@ -40,8 +40,8 @@ _ROWS = "embeddings.token_embedding.weight"
 _ACTIVATIONS = {512: "quick_gelu", 768: "quick_gelu", 1024: "gelu", 1280: "gelu"}
 _HEAD_WIDTH = 64
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
-_LETTERS = 2 * 255
-"""Words that CLIP's byte pair encoding begins with: every byte but `<`, within a word and at its end."""
+_LETTERS = 2 * 256
+"""Words that CLIP's byte pair encoding begins with: every byte, within a word and at its end."""
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,15 +136,21 @@ def check_merges(folder: Path) -> None:
     if (folder / "tokenizer.json").is_file():
         return
     words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    if not isinstance(words, dict):
+        raise ValueError("vocab.json holds no words with their numbers")
     head, _, merges = (folder / "merges.txt").read_text(encoding="utf-8").rstrip().partition("\n")
     if not head.startswith("#version"):
         # transformers 4 takes the first line for it, whatever is in there.
         raise ValueError("merges.txt does not begin with #version")
-    # Added words, like <cat-toy>, are made by none.
-    made = sum(word[0] != "<" for word in words if word) - _LETTERS
+    made = sum(not _is_added(word) for word in words) - _LETTERS
     found = merges.count("\n") + bool(merges)
     if found < made:
         raise ValueError(f"{found} merges do not make {made} words")
+
+
+def _is_added(word: str) -> bool:
+    """Whether a word is made by no merges: the start and the end of a text, and added ones like <cat-toy>."""
+    return word.startswith("<") and word.endswith(">") and not word.endswith("</w>")
 
 
 def read_text_tensors(path: Path) -> Mapping[str, Tensor]:

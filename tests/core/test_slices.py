@@ -63,6 +63,16 @@ def test_a_layer_in_strips_is_the_layer_in_half_precision_too(small_strips: int)
     torch.testing.assert_close(added, base + found)
 
 
+@torch.no_grad()
+def test_the_moments_of_a_large_map_are_right_to_many_digits():
+    # Summed up one by one in float32 a million numbers of this mean lose their deviation.
+    x = (100 + random_map(1, 8, 1024, 1024) / 8).bfloat16().to(memory_format=LAYOUT)
+    wide = x.double().reshape(1, 4, -1)
+    mean, variance = slices._moments(x, 4)
+    torch.testing.assert_close(mean, wide.mean(dim=-1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(variance, wide.var(dim=-1, correction=0), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("size", [(4, 6), (8, 3)], ids=str)
 def test_a_picture_decoded_in_strips_is_the_picture(paired: object, small_strips: int, size: tuple[int, int]):
     f_hat = torch.randn(2, 8, *size, generator=torch.Generator().manual_seed(0))

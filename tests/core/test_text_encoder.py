@@ -283,7 +283,7 @@ def words_with(name, content):
         (folder / "tokenizer").unlink()
         shutil.copytree(whole, folder / "tokenizer")
         path = folder / "tokenizer" / name
-        path.write_bytes(content(path.read_bytes()))
+        path.write_bytes(content(path.read_bytes() if path.exists() else b""))
 
     return damage
 
@@ -314,6 +314,8 @@ def test_a_tokenizer_of_a_user_s_own_is_taken(folder, encoder, change):
         (words_with("vocab.json", lambda text: text[: len(text) // 2]), NO_TOKENIZER),
         (words_with("vocab.json", lambda text: b'["a", "b"]'), NO_TOKENIZER),
         (words_with("vocab.json", lambda text: b'{"a": {"b": 1}}'), NO_TOKENIZER),
+        (words_with("vocab.json", lambda text: b"null"), "vocab.json holds no words with their numbers"),
+        (words_with("tokenizer.json", lambda text: b"<html>"), r"tokenizer\.json makes no CLIP.*or remove it"),
         (words_with("merges.txt", lambda text: bytes(range(256))), NO_TOKENIZER),
         (words_with("merges.txt", lambda text: b"<!DOCTYPE html>\n"), NO_TOKENIZER),
         (
