@@ -4,13 +4,13 @@
 
 Every contender is a process of its own (the official builder patches torch for the whole process): `official`
 is the code as its sample.py runs it (on a GPU under float16 autocast), `official-autocast` the same at its
-best, bfloat16 autocast around everything and every weight cast once per picture, `ours-float32` and
-`ours-bfloat16` are this engine with weights in that precision, on a GPU also with CUDA graphs, on a CPU with
-bfloat16 products also with packed weights. They take turns, so that a machine's moods reach all of them. At
-the end the pictures of the likeliest tokens are compared: where the float32 ones differ, the timings mean
-nothing and the exit code is 1 (a position where two tokens are equally likely is enough: see the share of
-equal pixels). A contender that falls is named with its last words, the others go on. Prints what it has as one
-JSON line after every round.
+best, bfloat16 autocast around everything and every weight cast once per picture (not on a CPU that multiplies
+no bfloat16, where a picture takes many minutes), `ours-float32` and `ours-bfloat16` are this engine with
+weights in that precision, on a GPU also with CUDA graphs, on a CPU with bfloat16 products also with packed
+weights. They take turns, so that a machine's moods reach all of them. At the end the pictures of the likeliest
+tokens are compared: where the float32 ones differ, the timings mean nothing and the exit code is 1 (a position
+where two tokens are equally likely is enough: see the share of equal pixels). A contender that falls is named
+with its last words, the others go on. Prints what it has as one JSON line after every round.
 
 On a CPU this engine loads its weights from files, as a user's process does. On a GPU, which is paid by the
 second, they are made there, only the float32 pictures are compared, and meanwhile the next size is built.
@@ -58,10 +58,12 @@ from star_core.packed import can_be_packed
 from star_core.request import Options
 from star_core.schedule import ScalePolicy, ScaleSchedule, ramp
 from star_core.star import Star, load
+from star_core.upcast import needs_upcast
 
 GUIDANCE = 4.0
 TOP_K, TOP_P = 4096, 0.8
-CONTENDERS = ("official", "official-autocast", "ours-float32", "ours-bfloat16")
+AUTOCAST = "official-autocast"
+CONTENDERS = ("official", AUTOCAST, "ours-float32", "ours-bfloat16")
 GRAPHS, PACKED = "-graphs", "-packed"
 ON_A_GPU = (*CONTENDERS, "ours-bfloat16" + GRAPHS)
 ALL = (*ON_A_GPU, "ours-bfloat16" + PACKED)
@@ -81,9 +83,8 @@ Drawer = Callable[[str, int, bool], Tensor]
 def contenders_on(device: torch.device) -> tuple[str, ...]:
     if device.type == "cuda":
         return ON_A_GPU
-    return (
-        tuple(n for n in ALL if not n.endswith(GRAPHS)) if can_be_packed(torch.bfloat16, device) else CONTENDERS
-    )
+    names = [*CONTENDERS, *(["ours-bfloat16" + PACKED] if can_be_packed(torch.bfloat16, device) else [])]
+    return tuple(name for name in names if name != AUTOCAST or not needs_upcast(torch.bfloat16, device))
 
 
 # The contenders, each in its own process
@@ -191,7 +192,7 @@ def star_from_files(
 
 def build(contender: str, config: StarConfig, seed: int, device: torch.device) -> Drawer:
     if contender.startswith("official"):
-        return official_drawer(config, seed, device, contender == "official-autocast")
+        return official_drawer(config, seed, device, contender == AUTOCAST)
     dtype = getattr(torch, contender.removeprefix("ours-").removesuffix(GRAPHS).removesuffix(PACKED))
     ways = {"graphs": contender.endswith(GRAPHS), "packed": contender.endswith(PACKED)}
     return our_drawer(config, seed, device, dtype, **ways)
@@ -479,6 +480,8 @@ def referee(arguments: argparse.Namespace) -> int:
     left_out = {size: reason for size, reason in reasons.items() if reason}
     for size, reason in left_out.items():
         print(f"{size}: left out, it needs {reason}", file=sys.stderr)
+    if AUTOCAST not in contenders_on(device):
+        print(f"{AUTOCAST}: left out, this processor multiplies no bfloat16", file=sys.stderr)
     sizes = [size for size in arguments.sizes if size not in left_out]
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:

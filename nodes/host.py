@@ -86,6 +86,8 @@ def operations() -> Any:
     """Return the layers that ComfyUI can cast, stream and load in part."""
     import comfy.ops
 
+    from ..star_core.upcast import needs_upcast
+
     def ours(name: str) -> type[nn.Module]:
         theirs = getattr(comfy.ops.manual_cast, name)
         # Newer versions build layers without weights and let load_state_dict bring them. The engine builds
@@ -93,7 +95,17 @@ def operations() -> Any:
         load = theirs._load_from_state_dict
         return type(name, (theirs,), {"_load_from_state_dict": lambda self, *a, **k: load(self, *a, **k)})
 
-    layers = {name: ours(name) for name in ("Linear", "Conv2d", "GroupNorm", "Embedding")}
+    def wide(layer: type[nn.Module]) -> type[nn.Module]:
+        def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            # ComfyUI casts weights to their input's dtype: a wide one is all that `upcast` asks.
+            if needs_upcast(x.dtype, x.device):
+                return layer.forward(self, x.float()).to(x.dtype)
+            return layer.forward(self, x)
+
+        return type(layer.__name__, (layer,), {"forward": forward})
+
+    layers = {name: ours(name) for name in ("GroupNorm", "Embedding")}
+    layers |= {name: wide(ours(name)) for name in ("Linear", "Conv2d")}
     return type("Operations", (), layers)
 
 

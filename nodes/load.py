@@ -72,10 +72,10 @@ class StarLoad(io.ComfyNode):
                     tooltip=(
                         "Number format of transformer and causal sampler. auto asks ComfyUI what the device"
                         " computes best in. int8 and fp8 are 8-bit weights: half the memory of bfloat16"
-                        " and another picture. int8 is faster on CPUs without AMX only; fp8 is for NVIDIA's"
-                        " Ada, Hopper and later GPUs, and slow on every other device. The VQ-VAE stays in"
-                        " float32 unless ComfyUI was started with --fp16-vae or --bf16-vae; the text encoder is"
-                        " always float32."
+                        " and another picture. int8 is faster only on CPUs with AVX-512 VNNI and no AMX; fp8 is"
+                        " for NVIDIA's Ada, Hopper and later GPUs, and slow on every other device. The VQ-VAE"
+                        " stays in float32 unless ComfyUI was started with --fp16-vae or --bf16-vae; the text"
+                        " encoder is always float32."
                     ),
                 ),
                 io.Combo.Input(

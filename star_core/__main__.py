@@ -99,7 +99,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="number format (default: float32); in the other two a picture's last bits, and so a token now and"
-        " then, depend on how many are drawn with it (--batch)",
+        " then, depend on how many are drawn with it (--batch); on a CPU without products for them they save"
+        " memory, not time",
     )
     eight_bit = parser.add_mutually_exclusive_group()
     eight_bit.add_argument(
@@ -108,7 +109,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="int8",
         help="fast mode: 8-bit weights, half the memory (another picture, which depends on --batch as in"
-        " bfloat16); faster on CPUs without AMX alone",
+        " bfloat16); faster only on CPUs with AVX-512 VNNI and no AMX",
     )
     eight_bit.add_argument(
         "--fp8",
@@ -130,7 +131,10 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         help="lay bfloat16 weights out for a CPU's products: for many pictures on a CPU",
     )
     parser.add_argument(
-        "--low-memory", action="store_true", help="decode in strips: the same picture, less memory, slower"
+        "--low-memory",
+        action="store_true",
+        help="the same picture in less memory, slower: it is decoded in strips, and on a CPU, in float32,"
+        " weights stay in the half precision that their files have them in",
     )
     parser.add_argument(
         "--gpu-memory",

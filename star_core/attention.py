@@ -152,6 +152,12 @@ def cross_queries(q: Tensor, q_bias: Tensor, log_scale: Tensor) -> Tensor:
     return _queries(q, log_scale, q.dtype)
 
 
+@fused(on_cpu="cpu.attended")
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return what queries (R, H, L, head_width) see of keys and values (R, H, N, head_width), like them."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+
 class SelfAttention(nn.Module):
     """Attention over the tokens of a picture, rotated by their place in the token map.
 
@@ -177,7 +183,7 @@ class SelfAttention(nn.Module):
         """Map (R, L, C) to (R, L, C). `mask` (L, L) is True where a row's token may look."""
         qkv: Tensor = self.qkv(x)
         q, k, v = self_heads(qkv, self.q_bias, self.v_bias, self.log_scale, rotation, cache)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        mixed = attended(q, k, v, mask)
         projected: Tensor = self.proj(rearrange(mixed, "r h l d -> r l (h d)"))
         return projected
 
@@ -211,6 +217,6 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: TextKeys) -> Tensor:
         """Map (B, L, C) to (B, L, C)."""
         q = cross_queries(self.q(x), self.q_bias, self.log_scale)
-        mixed = F.scaled_dot_product_attention(q, text.keys, text.values, attn_mask=text.mask, scale=1.0)
+        mixed = attended(q, text.keys, text.values, text.mask)
         projected: Tensor = self.proj(rearrange(mixed, "b h l d -> b l (h d)"))
         return projected

@@ -42,7 +42,7 @@ class CausalSampler(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations: that of the weights."""
+        """The dtype of activations: that of the weights, but for matrices kept as halves (`upcast`)."""
         return self.start_position.dtype
 
     def forward(

@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from . import upcast
 from .causal_sampler import CausalSampler
 from .config import PRESETS, StarConfig, TransformerConfig, VQVAEConfig, preset
 from .eight_bit import quantize_linears
@@ -162,6 +163,11 @@ class Networks(nn.Module):
         self.causal_sampler = CausalSampler(config, operations=operations) if config.has_sampler else None
 
 
+def operations_for(dtype: torch.dtype, device: torch.device, *, keep_halves: bool = False) -> ModuleType:
+    """Return the layers of a model of this dtype that computes on this device: torch.nn, or `upcast`."""
+    return upcast if keep_halves or upcast.needs_upcast(dtype, device) else nn
+
+
 def load_networks(
     path: Path,
     *,
@@ -172,11 +178,13 @@ def load_networks(
     device: torch.device | str = "cpu",
     eight_bit: str | None = None,
     packed: bool = False,
+    keep_halves: bool = False,
 ) -> tuple[StarConfig, Networks]:
     """Load transformer and causal sampler from a safetensors file, strictly.
 
     eight_bit: keep the linear layers' weights in 8 bits, "int8" or "fp8" (`eight_bit`), a fast mode that
-    changes the picture. packed: lay them out for a CPU's bfloat16 products (`packed`).
+    changes the picture. packed: lay them out for a CPU's bfloat16 products (`packed`). keep_halves: leave
+    weights in their file where it holds halves, for `operations` that read them (`upcast`).
     Raises ValueError naming file, key and remedy.
     """
     file = TensorFile(path)
@@ -184,9 +192,22 @@ def load_networks(
     networks = build_on_meta(lambda: Networks(config.transformer, operations=operations))
     # Rounded before it moves: the device never holds the whole weights.
     first = "cpu" if eight_bit else device
-    fill(networks, file, STAR_KEYS, source=str(path), dtype=dtype, device=first, packing=packed)
+    fill(
+        networks,
+        file,
+        STAR_KEYS,
+        source=str(path),
+        dtype=dtype,
+        device=first,
+        packing=packed,
+        keep_halves=keep_halves,
+    )
     if eight_bit:
-        quantize_linears(networks, eight_bit).to(device)
+        quantize_linears(networks, eight_bit)
+        for parameter in networks.parameters():
+            # One that lies in the file would keep mapped, and counted, all that was read of it.
+            parameter.data = parameter.data.clone()
+        networks.to(device)
     return config, networks
 
 
@@ -197,8 +218,12 @@ def load_vqvae(
     operations: ModuleType = nn,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    keep_halves: bool = False,
 ) -> VQVAE:
-    """Load a VQ-VAE from a safetensors file; `config` must agree with what the file says of itself."""
+    """Load a VQ-VAE from a safetensors file; `config` must agree with what the file says of itself.
+
+    keep_halves: as in `load_networks`.
+    """
     file = TensorFile(path)
     stored = stored_vqvae_config(file)
     if config is not None and stored is not None and stored != config:
@@ -207,7 +232,7 @@ def load_vqvae(
         )
     chosen = config or stored or VQVAEConfig()
     vqvae = build_on_meta(lambda: VQVAE(chosen, operations=operations))
-    fill(vqvae, file, VQVAE_KEYS, source=str(path), dtype=dtype, device=device)
+    fill(vqvae, file, VQVAE_KEYS, source=str(path), dtype=dtype, device=device, keep_halves=keep_halves)
     # A host's layers are the host's: it may keep and stream their weights as plain rows of numbers.
     return vqvae.channels_last() if operations is nn and torch.device(device).type == "cuda" else vqvae
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import NO_ROOM, fused
+from .upcast import needs_upcast
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -148,5 +149,7 @@ def _product(rows: Tensor, weight: Tensor, step: Tensor, scale: Tensor, bias: Te
 
 def _by_whole_weights(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return the same in the dtype of the rows, which are not rounded."""
+    if needs_upcast(rows.dtype, rows.device):
+        rows = rows.float()
     whole = weight.float().mul_(scale).to(rows.dtype)
     return F.linear(rows, whole, None if bias is None else bias.to(rows.dtype))

@@ -33,6 +33,7 @@ def load_for(args: argparse.Namespace) -> Star:
     """Load the model that the options name."""
     from .star import load
 
+    device = pick_device(args.device)
     return load(
         args.checkpoint,
         vqvae=args.vqvae,
@@ -40,10 +41,11 @@ def load_for(args: argparse.Namespace) -> Star:
         tokenizer=args.tokenizer,
         preset=args.preset,
         dtype=getattr(torch, args.dtype),
-        device=pick_device(args.device),
+        device=device,
         eight_bit=args.eight_bit,
         graphs=args.graphs,
         packed=args.packed,
+        low_memory=args.low_memory and device.type == "cpu",
         gpu_memory=None if args.gpu_memory is None else int(args.gpu_memory * 1e9),
     )
 

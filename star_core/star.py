@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .canvas import Canvas
 from .causal_sampler import CausalSampler
-from .checkpoint import load_networks, load_vqvae
+from .checkpoint import load_networks, load_vqvae, operations_for
 from .config import StarConfig, TokenMap, maps_for_size
 from .eight_bit import check_eight_bit
 from .generate import generate
@@ -43,7 +43,7 @@ class Star:
     graphs: scales are recorded as CUDA graphs, and repeated for later pictures of the same size, schedule and
     batch; the memory of the last such shape stays held. Raises ValueError for another device.
     short_of_memory: the text encoder is on the device only while it reads, and pictures are decoded in strips;
-    weights move while such a model draws, so that one thread at a time may use it.
+    on a GPU weights move while such a model draws, so that one thread at a time may use it.
     """
 
     def __init__(
@@ -261,6 +261,7 @@ def load(
     graphs: bool = False,
     gpu_memory: int | None = None,
     packed: bool = False,
+    low_memory: bool = False,
 ) -> Star:
     """Load a model: a folder with star.safetensors, vqvae.safetensors and text_encoder/, a single
     transformer file beside such files, or the shipped model (None).
@@ -277,6 +278,8 @@ def load(
     the host's memory and are copied when they are needed (`streaming`). The same pictures, later.
     packed lays bfloat16 weights out for a CPU's products, for many pictures: loading reads them all and takes
     longer, each picture is faster; other rounding, so that a token may change where two are about as likely.
+    low_memory is for a CPU: pictures are decoded in strips, and in float32 weights whose file has them in half
+    precision stay in it and are made wide for each product (`upcast`). The same pictures, later.
     Raises ValueError naming file, key and remedy.
     """
     files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)
@@ -286,21 +289,35 @@ def load(
             f"gpu_memory is for a GPU, without graphs and 8-bit weights (device {device}, graphs {graphs},"
             f" eight_bit {eight_bit}): leave it out, or them"
         )
+    if low_memory and device.type != "cpu":
+        raise ValueError(f"low_memory is for a CPU (device {device}): leave it out, or choose gpu_memory")
     check_graphs(graphs, device)
     check_eight_bit(eight_bit, device)
     _, words = find_text_files(files.text_encoder, None if tokenizer is None else Path(tokenizer))
     if packed:
         check_packing(dtype, device, eight_bit)
     place = device if gpu_memory is None else torch.device("cpu")
+    keep_halves = low_memory and dtype == torch.float32
+    layers = operations_for(dtype, device, keep_halves=keep_halves)
     config, networks = load_networks(
-        files.star, preset_name=preset, dtype=dtype, device=place, eight_bit=eight_bit, packed=packed
+        files.star,
+        preset_name=preset,
+        operations=layers,
+        dtype=dtype,
+        device=place,
+        eight_bit=eight_bit,
+        packed=packed,
+        keep_halves=keep_halves,
     )
-    picture_network = load_vqvae(files.vqvae, config.vqvae, dtype=dtype, device=device)
+    picture_network = load_vqvae(
+        files.vqvae, config.vqvae, operations=layers, dtype=dtype, device=device, keep_halves=keep_halves
+    )
     encoder = load_text_encoder(
         files.text_encoder,
         tokenizer=words,
         dtype=text_dtype,
         device=place,
+        keep_halves=low_memory and text_dtype == torch.float32,
     )
     if gpu_memory is not None:
         parts = Parts(config, networks.transformer, networks.causal_sampler, picture_network, encoder)
@@ -313,5 +330,5 @@ def load(
         encoder,
         device,
         graphs=graphs,
-        short_of_memory=gpu_memory is not None,
+        short_of_memory=low_memory or gpu_memory is not None,
     )

@@ -29,6 +29,7 @@ from .text_files import (
     whole_rows,
 )
 from .transfer import upload
+from .upcast import needs_upcast, upcast_linears
 from .weights import build_on_meta, fill
 
 if TYPE_CHECKING:
@@ -183,18 +184,28 @@ def load_text_encoder(
     tokenizer: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    keep_halves: bool = False,
 ) -> TextEncoder:
     """Load a text encoder from local files.
 
     source: a folder in Stable Diffusion's layout (text_encoder/ beside tokenizer/), a folder as
     transformers writes it, or one weight file. tokenizer: a folder with vocab.json and merges.txt, or one of
-    these files; by default it is looked for in and beside `source`.
+    these files; by default it is looked for in and beside `source`. keep_halves: on a CPU, leave weights in
+    their file where it holds halves (`upcast`).
     Raises ValueError naming the file, the key and the remedy.
     """
     weights, words = find_text_files(source, tokenizer)
     tensors = read_text_tensors(weights)
     settings = text_settings(weights, tensors)
-    return assemble_text_encoder(tensors, settings, words, source=str(weights), dtype=dtype, device=device)
+    return assemble_text_encoder(
+        tensors,
+        settings,
+        words,
+        source=str(weights),
+        dtype=dtype,
+        device=device,
+        keep_halves=keep_halves,
+    )
 
 
 def assemble_text_encoder(
@@ -205,6 +216,7 @@ def assemble_text_encoder(
     source: str,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    keep_halves: bool = False,
 ) -> TextEncoder:
     """Build a text encoder of a config.json's settings and fill it from named tensors, strictly."""
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -213,7 +225,12 @@ def assemble_text_encoder(
     model = build_on_meta(lambda: CLIPTextModel(config))
     # 4.x wraps the modules in `text_model`; their names inside are those of 5.
     inner = getattr(model, "text_model", model)
-    fill(inner, whole_rows(tensors), TEXT_KEYS, source=source, dtype=dtype, device=device)
+    if keep_halves or needs_upcast(dtype, torch.device(device)):
+        upcast_linears(model)
+    rows = whole_rows(tensors)
+    fill(inner, rows, TEXT_KEYS, source=source, dtype=dtype, device=device, keep_halves=keep_halves)
+    # Added to those of words, which may have stayed halves: their sum is in the wanted dtype.
+    inner.embeddings.position_embedding.to(dtype)
     # A buffer that no file carries, so it is still on meta.
     count = config.max_position_embeddings
     inner.embeddings.position_ids = torch.arange(count, device=device).expand(1, -1)

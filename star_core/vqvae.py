@@ -268,6 +268,12 @@ class VQVAE(nn.Module):
         self.quant_conv = operations.Conv2d(config.code_width, config.code_width, 3, padding=1)
         self.post_quant_conv = operations.Conv2d(config.code_width, config.code_width, 3, padding=1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations: that of the biases, since weights may be kept in another."""
+        dtype: torch.dtype = self.post_quant_conv.bias.dtype
+        return dtype
+
     def channels_last(self) -> VQVAE:
         """Lay convolutions' weights out as pictures are: a GPU turns others at every call. Return self."""
         for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv):
@@ -283,13 +289,13 @@ class VQVAE(nn.Module):
         step = self.config.downsample
         if height % step or width % step:
             raise ValueError(f"pictures of {width}x{height} pixels: both sides must be multiples of {step}")
-        pictures = pictures.to(self.quant_conv.weight.dtype, memory_format=LAYOUT)
+        pictures = pictures.to(self.dtype, memory_format=LAYOUT)
         features: Tensor = self.quant_conv(self.encoder(pictures))
         return features.float()
 
     def decode(self, f_hat: Tensor) -> Tensor:
         """Return the pictures (B, 3, h * f, w * f) of f_hat (B, D, h, w), clamped to [-1, 1], float32."""
-        f_hat = f_hat.to(self.post_quant_conv.weight.dtype, memory_format=LAYOUT)
+        f_hat = f_hat.to(self.dtype, memory_format=LAYOUT)
         pictures = self.decoder(self.post_quant_conv(f_hat))
         return pictures.float().clamp(-1, 1)  # type: ignore[no-any-return]  # Module call: Any
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .config import VQVAEConfig
 from .key_tables import VQVAE_KEYS, KeyTable
 from .packed import can_be_packed, packed, put_packed
+from .upcast import HALVES, reads_halves
 from .vqvae import VQVAE
 
 log = logging.getLogger(__name__)
@@ -122,16 +123,20 @@ def fill(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     packing: bool = False,
+    keep_halves: bool = False,
 ) -> ModuleT:
     """Give a module on the meta device its tensors, by the key table, strictly.
 
     `tensors` carries official names. On a CPU, weights whose dtype is the wanted one stay in their file,
     mapped; otherwise everything is copied. packing: linear layers become packed ones, for a dtype and device
-    that `can_be_packed`. Raises ValueError naming the missing, surplus or misshapen keys.
+    that `can_be_packed`. keep_halves: on a CPU, matrices in half precision stay in their file whatever the
+    wanted dtype is, where `upcast` layers or embeddings read them.
+    Raises ValueError naming the missing, surplus or misshapen keys.
     """
     names = check_keys(module, tensors, table, source)
     device = torch.device(device)
     assert not packing or can_be_packed(dtype, device), "checked by who asks for it"
+    assert not keep_halves or device.type == "cpu", "files are mapped into a CPU's memory"
     # Either all stay in the file or none: one that stayed would hold what is read of it in memory.
     copied = packing or device.type != "cpu" or not _lie_as_needed(tensors, names, dtype)
     found: dict[str, Tensor] = {}
@@ -140,13 +145,16 @@ def fill(
     for official, ours in names.items():
         tensor = tensors[official]
         layer, _, leaf = ours.rpartition(".")
-        if packing and leaf == "weight" and isinstance(module.get_submodule(layer), nn.Linear):
+        matrix = leaf == "weight" and not _is_exact(ours)
+        if packing and matrix and isinstance(module.get_submodule(layer), nn.Linear):
             packs[layer] = packed(tensor.to(dtype=dtype))
             found[ours] = tensor.to("meta")
+        elif keep_halves and matrix and tensor.dtype in HALVES and reads_halves(module.get_submodule(layer)):
+            found[ours] = tensor
         else:
             found[ours] = tensor.to(device=device, dtype=kept_dtype(ours, dtype or tensor.dtype), copy=copied)
         read += tensor.nbytes
-        if copied and read > RELEASE_AFTER and isinstance(tensors, TensorFile):
+        if copied and not keep_halves and read > RELEASE_AFTER and isinstance(tensors, TensorFile):
             del tensor
             tensors.release()
             read = 0

@@ -17,6 +17,7 @@ from ..attention import LayerCache, scale_of
 from ..packed import PackedLinear, has_bfloat16_products, product
 from ..rope import Rotation
 from ..transformer import norm
+from ..upcast import HALVES, Linear, needs_upcast
 
 LENGTH_EPS = 1e-12  # that of F.normalize
 
@@ -30,9 +31,13 @@ def expanded(x: Tensor, linear: nn.Module) -> Tensor | None:
     """
     if isinstance(linear, PackedLinear):
         return linear.expanded(x)
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return None
+    if type(linear) is Linear and x.dtype in HALVES:
+        return linear.expanded(x)
     if type(linear) is not nn.Linear or linear.bias is None or x.dtype != torch.bfloat16:
         return None
-    if linear._forward_hooks or linear._forward_pre_hooks or not has_bfloat16_products():
+    if not has_bfloat16_products():
         return None
     alike = x.dtype == linear.weight.dtype == linear.bias.dtype and x.device == linear.weight.device
     return product(x, linear.weight, linear.bias, gelu=True) if alike else None
@@ -81,6 +86,15 @@ def cross_queries(q: Tensor, q_bias: Tensor, log_scale: Tensor) -> Tensor:
     vectors: Tensor = summed.add_(q_bias.to(summed)).unflatten(-1, (heads, -1))
     factors = _inverse_lengths(vectors).mul_(scale_of(log_scale, q.device).view(heads, 1))
     return vectors.mul_(factors).to(q.dtype).transpose(1, 2)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Do what `attention.attended` does in float16: a CPU's attention to that takes three times as long."""
+    if q.dtype != torch.float16 or not needs_upcast(q.dtype, q.device):
+        return None
+    wide = mask.float() if mask is not None and mask.is_floating_point() else mask
+    mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=wide, scale=1.0)
+    return mixed.to(q.dtype)
 
 
 def _inverse_lengths(x: Tensor) -> Tensor:

@@ -181,12 +181,25 @@ def test_a_contender_that_falls_does_not_stop_the_others(tmp_path: Path, monkeyp
     contenders = against_official.Contenders("d16-256", arguments, tmp_path)
     first, second, last = against_official.compare(contenders, 2)
     all_of_them = set(against_official.contenders_on(torch.device("cpu")))
-    assert all_of_them >= set(against_official.CONTENDERS)
+    assert all_of_them >= set(against_official.CONTENDERS) - {against_official.AUTOCAST}
     assert set(first["warm_seconds"]) == all_of_them
     assert set(second["warm_seconds"]) == all_of_them - {"ours-bfloat16"}
     assert "no more" in last["fallen"]["ours-bfloat16"]
     assert last["agree"]
     assert "ours-bfloat16 fell" in "\n".join(against_official.lines(last))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("products", [True, False])
+def test_the_official_autocast_takes_part_where_a_cpu_multiplies_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, products: bool, packed: bool
+):
+    monkeypatch.setattr(against_official, "can_be_packed", lambda dtype, device: packed)
+    monkeypatch.setattr(against_official, "needs_upcast", lambda dtype, device: not products)
+    found = against_official.contenders_on(CPU)
+    assert (against_official.AUTOCAST in found) == products
+    assert ("ours-bfloat16" + against_official.PACKED in found) == packed
+    assert {"official", "ours-float32", "ours-bfloat16"} <= set(found)
 
 
 def test_a_fast_mode_that_fails_does_not_stop_the_others(shallow: Star, monkeypatch: pytest.MonkeyPatch):

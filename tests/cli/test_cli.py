@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from star_core import slices, vqvae
+from star_core import eight_bit, slices, star, vqvae
 from star_core.__main__ import main
 from star_core.packed import has_bfloat16_products
 from star_core.pictures import Recipe, read_recipe, save_png
@@ -55,16 +55,19 @@ def test_a_picture_is_drawn_again_from_its_own_recipe(sample, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
-def test_8_bit_weights_draw_another_picture_and_its_recipe_knows(sample, tmp_path, name):
+def test_8_bit_weights_are_loaded_and_the_recipe_knows(sample, tmp_path, monkeypatch, name):
+    loads, load = [], star.load
+    monkeypatch.setattr(star, "load", lambda *a, **k: loads.append(load(*a, **k)) or loads[-1])
     paths = {kind: tmp_path / f"{kind}.png" for kind in ("exact", "small", "again")}
     assert sample("cat", "--seed", 2, "--out", paths["exact"])[0] == 0
     assert sample("cat", "--seed", 2, f"--{name}", "--out", paths["small"])[0] == 0
-    assert pixels(paths["small"]) != pixels(paths["exact"])
     assert sample("--recipe", paths["small"], "--out", paths["again"])[0] == 0
     assert pixels(paths["again"]) == pixels(paths["small"])
     assert read_recipe(paths["small"]).eight_bit == name
     assert read_recipe(paths["again"]).eight_bit == name
     assert read_recipe(paths["exact"]).eight_bit is None
+    rounded = [isinstance(each.transformer.word_embed, eight_bit.FORMATS[name]) for each in loads]
+    assert rounded == [False, True, True]
 
 
 def test_int8_and_fp8_exclude_each_other(sample, capsys):
@@ -86,6 +89,8 @@ def test_an_older_recipe_says_whether_weights_were_bytes(sample, tmp_path, bytes
 
 def test_low_memory_draws_the_same_picture_in_strips(sample, tmp_path, monkeypatch):
     whole, sliced = tmp_path / "whole.png", tmp_path / "sliced.png"
+    loads, load = [], star.load
+    monkeypatch.setattr(star, "load", lambda *a, **k: loads.append(k["low_memory"]) or load(*a, **k))
     assert sample("cat", "--seed", 2, "--out", whole)[0] == 0
     monkeypatch.setitem(slices.STRIP, "cpu", 64)
     taken = []
@@ -93,6 +98,7 @@ def test_low_memory_draws_the_same_picture_in_strips(sample, tmp_path, monkeypat
     monkeypatch.setattr(vqvae, "norm_silu_conv", lambda *a, **k: taken.append(1) or original(*a, **k))
     assert sample("cat", "--seed", 2, "--low-memory", "--out", sliced)[0] == 0
     assert taken
+    assert loads == [False, True]
     assert max(abs(a - b) for a, b in zip(pixels(whole), pixels(sliced), strict=True)) <= 1
 
 

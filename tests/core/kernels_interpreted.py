@@ -322,7 +322,8 @@ def test_whole_pictures_are_the_reference_s(
         steps = model.run(request)
     assert not kernels.given_up()
     wanted = {"attention.self_heads", "attention.cross_queries", "residual.add_then_norm", "sampling.guide"}
-    wanted |= {"products.expanded", "cpu.added"}  # the one asked, and not for float32; the other not a GPU's
+    # The one asked, and not for float32; the others not a GPU's.
+    wanted |= {"products.expanded", "cpu.added", "cpu.attended"}
     assert set(served) == (wanted if kind == "smooth" else wanted | {"sampling.draw"})
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(steps, expected, strict=True))
     served.clear()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from star_core import eight_bit, pictures, star
+from star_core.checkpoint import Networks, load_networks, save_networks
 from star_core.eight_bit import FORMATS, check_eight_bit, quantize_linears
 from star_core.request import Options
 from star_core.star import load
@@ -65,6 +68,21 @@ def test_nobody_gets_8_bits_unasked(name: str):
     exact = star.draw(["red heart"], options=Options(seed=3))
     rough = small.draw(["red heart"], options=Options(seed=3))
     assert 0 < (exact - rough).abs().mean() < 0.2
+
+
+@both
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
+def test_nothing_of_the_whole_weights_stays_in_memory(paired: object, tmp_path: Path, name: str):
+    path = tmp_path / "star.safetensors"
+    save_networks(path, paired.config, Networks(paired.config.transformer))
+    _, exact = load_networks(path)
+    assert str(path) in Path("/proc/self/maps").read_text(), "float32 weights stay in their file"
+    del exact
+    gc.collect()
+    _, small = load_networks(path, eight_bit=name)
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert rounded_layers(small, name)
 
 
 def test_a_format_that_cannot_be_had_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from star_core import fp8
+from star_core import fp8, upcast
 from star_core.fp8 import FORMAT, LARGEST, Float8Linear, has_products, round_rows
 
 
@@ -220,3 +220,12 @@ def test_weights_move_and_are_copied_as_they_are():
     again = Float8Linear(some_linear(64, 32, bias=True))
     again.load_state_dict(ours.state_dict())
     assert torch.equal(again(torch.ones(1, 64)), ours(torch.ones(1, 64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_a_cpu_multiplies_no_halves_it_is_asked_for_float32(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+):
+    monkeypatch.setattr(upcast, "multiplies", lambda half: False)
+    x, ours = random(5, 64, seed=2).to(dtype), Float8Linear(some_linear(64, 32))
+    assert torch.equal(ours(x), ours(x.float()).to(dtype))

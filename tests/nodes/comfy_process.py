@@ -373,6 +373,31 @@ def build_lazily(_):
     return {"parameters": sum(1 for _ in networks.parameters())}
 
 
+def multiplied(request):
+    """Return in which dtypes layers for ComfyUI multiply bfloat16 where a CPU has products for it, or not."""
+    upcast, layers = part("star_core.upcast"), part("nodes.host").operations()
+    before, seen = upcast.multiplies, []
+    upcast.multiplies = lambda half: request["products"]
+    functions = torch.nn.functional
+    originals = {name: getattr(functions, name) for name in ("linear", "conv2d")}
+
+    def counted(name):
+        return lambda x, weight, *rest, **more: (
+            seen.append([str(x.dtype), str(weight.dtype)]) or originals[name](x, weight, *rest, **more)
+        )
+
+    try:
+        for name in originals:
+            setattr(functions, name, counted(name))
+        rows = layers.Linear(8, 4).bfloat16()(torch.ones(2, 8).bfloat16())
+        picture = layers.Conv2d(3, 4, 3).bfloat16()(torch.ones(1, 3, 5, 5).bfloat16())
+    finally:
+        upcast.multiplies = before
+        for name, original in originals.items():
+            setattr(functions, name, original)
+    return {"seen": seen, "made": [str(rows.dtype), str(picture.dtype)]}
+
+
 def version(_):
     return {"version": comfyui_version.__version__}
 
@@ -383,6 +408,7 @@ DEEDS = {
     "free": free,
     "answer": answer,
     "build_lazily": build_lazily,
+    "multiplied": multiplied,
     "version": version,
 }
 

@@ -259,6 +259,15 @@ def test_dynamic_memory_s_layers_are_filled_like_any_others(comfy, models):
     assert comfy.ask("build_lazily")["parameters"] == sum(1 for _ in networks.parameters())
 
 
+@pytest.mark.parametrize("products", [True, False])
+def test_a_cpu_without_bfloat16_products_multiplies_in_float32(comfy, products):
+    found = comfy.ask("multiplied", products=products)
+    wanted = "torch.bfloat16" if products else "torch.float32"
+    assert [dtypes for dtypes in found["seen"] if dtypes != [wanted, wanted]] == []
+    assert len(found["seen"]) >= 1, "ComfyUI multiplies by torch.nn.functional"
+    assert found["made"] == ["torch.bfloat16", "torch.bfloat16"]
+
+
 def test_free_really_frees(comfy, prompt):
     comfy.run(prompt(seed=600))
     freed = comfy.ask("free")
