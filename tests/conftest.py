@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from star_core import kernels
+from star_core import kernels, text_encoder
 from star_core.causal_sampler import CausalSampler
 from star_core.config import StarConfig, TokenMap, TransformerConfig, VQVAEConfig
 from star_core.generate import generate
@@ -29,6 +30,9 @@ from star_core.text_encoder import TextEncoder, TextStates, load_text_encoder
 from star_core.training.splits import heldout
 from star_core.transformer import Transformer
 from star_core.vqvae import VQVAE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 settings.register_profile("star", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("star")
@@ -337,6 +341,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def distance() -> nn.Module:
     return Distance()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokenizers_read_once() -> Iterator[None]:
+    """Make the tokenizer of the same files once: a third of what it takes to load the shipped model."""
+    load = text_encoder.load_tokenizer
+
+    @functools.cache
+    def made(folder: Path, files: tuple[tuple[str, int, int], ...]) -> PreTrainedTokenizerBase:
+        return load(folder)
+
+    def as_it_stands(folder: Path) -> PreTrainedTokenizerBase:
+        found = sorted(folder.iterdir())
+        return made(folder, tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in found))
+
+    text_encoder.load_tokenizer = as_it_stands
+    yield
+    text_encoder.load_tokenizer = load
 
 
 @pytest.fixture(scope="session")

@@ -174,6 +174,18 @@ def rewrite(files: Path) -> Callable[..., Path]:
     return make
 
 
+def test_nothing_is_drawn_for_a_module_that_is_to_be_filled(monkeypatch: pytest.MonkeyPatch):
+    drawn: list[str] = []
+    for name in ("uniform_", "normal_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *_, name=name, **__: drawn.append(name) or self)
+    made = build_on_meta(lambda: nn.Sequential(nn.Linear(3, 4), nn.Embedding(5, 3), nn.Conv2d(1, 2, 3)))
+    assert not drawn
+    assert {p.device.type for p in made.parameters()} == {"meta"}
+    assert [tuple(p.shape) for p in made.parameters()] == [(4, 3), (4,), (5, 3), (2, 1, 3, 3), (2,)]
+    nn.Embedding(5, 3)
+    assert drawn, "elsewhere layers draw as ever"
+
+
 def test_what_was_saved_is_loaded_value_for_value(files: Path, paired: Any):
     config, networks = load_networks(files / "star.safetensors")
     assert config == paired.config
