@@ -399,6 +399,27 @@ def test_a_process_without_standard_output_does_its_work():
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "said", "farewell"),
+    [
+        ("inspect", 0, "star-emoji", False),
+        ("inspect nowhere", 2, "star_core: nowhere", False),
+        ("train model --name x --out", 2, "expected one argument", True),
+    ],
+)
+def test_a_command_that_is_done_does_not_wait_for_python_to_take_itself_apart(command, code, said, farewell):
+    program = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(print, 'farewell')\n"
+        f"sys.argv = ['star_core', *{command.split()!r}]\n"
+        "runpy.run_module('star_core', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert ("farewell" in done.stdout) == farewell
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_output_that_finds_no_room_is_told_in_one_line():
     with open("/dev/full", "w") as full:
