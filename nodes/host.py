@@ -86,7 +86,9 @@ def operations() -> Any:
     """Return the layers that ComfyUI can cast, stream and load in part."""
     import comfy.ops
 
-    from ..star_core.upcast import needs_upcast
+    from ..star_core.upcast import halves_to_upcast
+
+    halves = halves_to_upcast()
 
     def ours(name: str) -> type[nn.Module]:
         theirs = getattr(comfy.ops.manual_cast, name)
@@ -98,7 +100,7 @@ def operations() -> Any:
     def wide(layer: type[nn.Module]) -> type[nn.Module]:
         def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
             # ComfyUI casts weights to their input's dtype: a wide one is all that `upcast` asks.
-            if needs_upcast(x.dtype, x.device):
+            if x.device.type == "cpu" and x.dtype in halves:
                 return layer.forward(self, x.float()).to(x.dtype)
             return layer.forward(self, x)
 

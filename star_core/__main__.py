@@ -284,12 +284,20 @@ def _parity(path: Path) -> int:
 
 def _leave(code: int) -> NoReturn:
     """End the process as it is, all that was said written out: taking apart what torch and transformers made of
-    it takes Python a second. For commands that have closed their files and started no processes."""
+    it takes Python a second. For commands that have closed their files and started no processes; not under a
+    debugger or a profiler, which have their own last words."""
+    if sys.flags.interactive or sys.gettrace() or sys.getprofile() or _is_monitored():
+        sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # as where a shell closed it
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
     os._exit(code)
+
+
+def _is_monitored() -> bool:
+    monitoring = getattr(sys, "monitoring", None)  # of Python 3.12 and newer, with room for six tools
+    return monitoring is not None and any(monitoring.get_tool(number) for number in range(6))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import NO_ROOM, fused
-from .upcast import needs_upcast
+from .upcast import halves_to_upcast
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -71,6 +71,7 @@ class Float8Linear(nn.Module):
     def __init__(self, whole: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = whole.in_features, whole.out_features
+        self._upcast = halves_to_upcast()
         rounded, scale = round_rows(whole.weight.detach())
         self.register_buffer("weight", rounded)
         self.register_buffer("scale", scale)
@@ -80,6 +81,8 @@ class Float8Linear(nn.Module):
         """Map (..., in) to (..., out) in the dtype of x."""
         # Codes of one picture come turned on their side: the products want rows in one piece.
         rows = x.reshape(-1, self.in_features).contiguous()
+        if x.device.type == "cpu" and x.dtype in self._upcast:
+            rows = rows.float()
         # A host that is short of memory may have left the layer behind, and knows nothing of its buffers.
         weight, scale = self.weight.to(x.device), self.scale.to(x.device)
         bias = None if self.bias is None else self.bias.to(x.device)
@@ -149,7 +152,5 @@ def _product(rows: Tensor, weight: Tensor, step: Tensor, scale: Tensor, bias: Te
 
 def _by_whole_weights(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return the same in the dtype of the rows, which are not rounded."""
-    if needs_upcast(rows.dtype, rows.device):
-        rows = rows.float()
     whole = weight.float().mul_(scale).to(rows.dtype)
     return F.linear(rows, whole, None if bias is None else bias.to(rows.dtype))

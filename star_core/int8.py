@@ -77,7 +77,7 @@ def _by_bytes(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 def _by_whole(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Return the same from rows as they are, multiplied in their dtype."""
-    if rows.device.type == "cpu":  # one that multiplies no bytes multiplies no halves either
+    if rows.device.type == "cpu":  # exact, and where it multiplies no bytes the fastest of its products
         rows = rows.float()
     if rows.dtype == torch.float16:  # a sum of bytes would pass its largest number
         whole = weight.float().mul_(scale.unsqueeze(1)).half()

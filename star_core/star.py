@@ -290,7 +290,8 @@ def load(
             f" eight_bit {eight_bit}): leave it out, or them"
         )
     if low_memory and device.type != "cpu":
-        raise ValueError(f"low_memory is for a CPU (device {device}): leave it out, or choose gpu_memory")
+        remedy = ", or choose gpu_memory" if device.type == "cuda" else ""
+        raise ValueError(f"low_memory is for a CPU (device {device}): leave it out{remedy}")
     check_graphs(graphs, device)
     check_eight_bit(eight_bit, device)
     _, words = find_text_files(files.text_encoder, None if tokenizer is None else Path(tokenizer))

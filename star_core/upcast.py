@@ -36,6 +36,11 @@ def needs_upcast(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in HALVES and not multiplies(dtype)
 
 
+def halves_to_upcast() -> frozenset[torch.dtype]:
+    """Return the half precisions that a CPU had better make wide: for layers to ask while they are built."""
+    return frozenset(half for half in HALVES if not multiplies(half))
+
+
 def _takes_as_it_is(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch multiplies an input and a weight. What the processor can do was asked when layers were
     built: asked here, it would break a compiled graph."""

@@ -232,7 +232,7 @@ def _key_complaint(missing: list[str], surplus: list[str]) -> str:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Leave parameters as they are where layers would draw first values for them."""
+    """Leave parameters as they are where torch's layers would draw first values for them."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -246,8 +246,8 @@ class _Undrawn(TorchFunctionMode):
 def build_on_meta(make: Callable[[], ModuleT]) -> ModuleT:
     """Build a module without memory, to be filled with a file's own tensors.
 
-    Nothing is drawn: numbers that are not there would take a third of the time, and PyTorch's compiler, which
-    it imports for them, a second.
+    torch's layers draw nothing: numbers that are not there would take a third of the time, and PyTorch's
+    compiler, which it imports for them, a second.
     """
     with torch.device("meta"), _Undrawn():
         return make()

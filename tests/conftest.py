@@ -345,7 +345,7 @@ def distance() -> nn.Module:
 
 @pytest.fixture(scope="session", autouse=True)
 def _tokenizers_read_once() -> Iterator[None]:
-    """Make the tokenizer of the same files once: a third of what it takes to load the shipped model."""
+    """Make the tokenizer of the same files once, a third of what a load takes. Nobody may change it."""
     load = text_encoder.load_tokenizer
 
     @functools.cache

@@ -404,7 +404,7 @@ def test_a_process_without_standard_output_does_its_work():
     [
         ("inspect", 0, "star-emoji", False),
         ("inspect nowhere", 2, "star_core: nowhere", False),
-        ("train model --name x --out", 2, "expected one argument", True),
+        ("train model --star nowhere --vqvae nowhere --out nowhere", 2, "star_core: nowhere", True),
     ],
 )
 def test_a_command_that_is_done_does_not_wait_for_python_to_take_itself_apart(command, code, said, farewell):
@@ -418,6 +418,13 @@ def test_a_command_that_is_done_does_not_wait_for_python_to_take_itself_apart(co
     assert done.returncode == code
     assert said in done.stdout + done.stderr
     assert ("farewell" in done.stdout) == farewell
+
+
+def test_a_profiler_has_the_last_word():
+    command = [sys.executable, "-m", "cProfile", "-m", "star_core", "inspect"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "function calls" in done.stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,9 +67,16 @@ def test_a_device_without_byte_products_makes_the_weights_whole(
     assert relative_error(Int8Linear(odd)(random(40, 13)), odd(random(40, 13))) < 0.02
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was found out of the processor is forgotten afterwards."""
+    yield
+    int8.has_byte_products.cache_clear()
+
+
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_bytes_are_multiplied_where_there_are_instructions_for_it_alone(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    forgotten: None, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     for other in INSTRUCTIONS:
         monkeypatch.delattr(torch.cpu, other, raising=False)
@@ -78,7 +87,6 @@ def test_bytes_are_multiplied_where_there_are_instructions_for_it_alone(
         int8.has_byte_products.cache_clear()
         Int8Linear(some_linear(64, 32))(random(5, 64))
         assert len(products) == 1, "by bytes the first time alone"
-    int8.has_byte_products.cache_clear()
 
 
 def test_this_pytorch_can_be_asked_for_the_instructions():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from star_core import Options, attention, load, slices, upcast, vqvae
+from star_core import Options, attention, eight_bit, load, slices, upcast, vqvae
 from star_core.checkpoint import load_networks, operations_for
 from star_core.kernels import cpu, references_only
 from star_core.model_files import SHIPPED
@@ -56,14 +56,21 @@ def test_halves_are_made_wide_on_a_cpu_that_does_not_multiply_them_and_nowhere_e
         assert operations_for(dtype, device) is nn
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was found out of the processor, forgotten before and after."""
+    multiplies.cache_clear()
+    yield
+    multiplies.cache_clear()
+
+
 @halves
 def test_the_processor_is_asked_once_by_a_name_that_pytorch_knows(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    forgotten: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ):
     answers = [True, False]
     monkeypatch.setattr(torch.ops.mkldnn, HALVES[dtype], lambda: answers.pop())
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    multiplies.cache_clear()
     assert not multiplies(dtype)
     assert not multiplies(dtype), "remembered"
     multiplies.cache_clear()
@@ -71,7 +78,6 @@ def test_the_processor_is_asked_once_by_a_name_that_pytorch_knows(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     multiplies.cache_clear()
     assert not multiplies(dtype), "without oneDNN no halves are multiplied"
-    multiplies.cache_clear()
 
 
 @pytest.fixture
@@ -123,10 +129,15 @@ def test_elsewhere_the_layers_multiply_as_torch_s_do(multiplied: list[torch.dtyp
         multiplied.clear()
 
 
-@halves
-def test_a_compiled_graph_is_not_broken(dtype: torch.dtype):
-    model = nn.Sequential(Linear(16, 8), nn.Unflatten(1, (2, 2, 2)), Conv2d(2, 2, 1)).to(dtype)
+@pytest.mark.parametrize("kind", ["upcast", *eight_bit.FORMATS])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_compiled_graph_is_not_broken(kind: str, dtype: torch.dtype):
+    layer = Linear(16, 8) if kind == "upcast" else eight_bit.FORMATS[kind](nn.Linear(16, 8))
+    model = nn.Sequential(layer, nn.Unflatten(1, (2, 2, 2)), Conv2d(2, 2, 1).to(dtype)).requires_grad_(False)
+    if kind == "upcast":
+        model.to(dtype)
     x = normal(1, 5, 16, dtype=dtype)
+    torch.compiler.reset()  # it compiles one function for eight models at most
     with torch.no_grad():
         whole = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.equal(whole(x), model(x))

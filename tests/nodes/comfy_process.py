@@ -375,9 +375,11 @@ def build_lazily(_):
 
 def multiplied(request):
     """Return in which dtypes layers for ComfyUI multiply bfloat16 where a CPU has products for it, or not."""
-    upcast, layers = part("star_core.upcast"), part("nodes.host").operations()
+    upcast, operations = part("star_core.upcast"), part("nodes.host").operations
     before, seen = upcast.multiplies, []
     upcast.multiplies = lambda half: request["products"]
+    operations.cache_clear()
+    layers = operations()
     functions = torch.nn.functional
     originals = {name: getattr(functions, name) for name in ("linear", "conv2d")}
 
@@ -393,6 +395,7 @@ def multiplied(request):
         picture = layers.Conv2d(3, 4, 3).bfloat16()(torch.ones(1, 3, 5, 5).bfloat16())
     finally:
         upcast.multiplies = before
+        operations.cache_clear()
         for name, original in originals.items():
             setattr(functions, name, original)
     return {"seen": seen, "made": [str(rows.dtype), str(picture.dtype)]}
