@@ -30,6 +30,9 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
 @pytest.fixture(params=["by bytes", "made whole"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How this CPU multiplies, whichever it would."""
+    largest = torch.full((32, 32), 127, dtype=torch.int8)
+    if request.param == "by bytes" and not (torch._int_mm(largest, largest) == 32 * 127**2).all():
+        pytest.skip("without VNNI this PyTorch's sums of bytes overflow (2.4 does): they are not used there")
     monkeypatch.setattr(int8, "has_byte_products", lambda: request.param == "by bytes")
     return str(request.param)
 

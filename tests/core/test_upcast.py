@@ -117,8 +117,8 @@ def test_a_convolution_is_float32_s_rounded_once(old: None, dtype: torch.dtype):
     assert torch.equal(made, wide.to(dtype))
     assert made.is_contiguous(memory_format=vqvae.LAYOUT)
     mirrored = Conv2d(8, 6, 3, padding=1, padding_mode="reflect", bias=False).to(dtype)
-    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-    assert torch.equal(mirrored(x), F.conv2d(padded.float(), mirrored.weight.float()).to(dtype))
+    padded = F.pad(x.float(), (1, 1, 1, 1), mode="reflect")
+    assert torch.equal(mirrored(x), F.conv2d(padded, mirrored.weight.float()).to(dtype))
 
 
 def test_elsewhere_the_layers_multiply_as_torch_s_do(multiplied: list[torch.dtype]):
