@@ -68,11 +68,11 @@ class Conv2d(nn.Conv2d):
     """A convolution that makes halves wide likewise."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _takes_as_it_is(input, weight):
-            return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]  # unannotated
-        made: Tensor = super()._conv_forward(
-            input.float(), weight.float(), None if bias is None else bias.float()
-        )
+        if not _takes_as_it_is(input, weight):
+            wide = None if bias is None else bias.float()
+            made: Tensor = super()._conv_forward(input.float(), weight.float(), wide)
+        else:
+            made = super()._conv_forward(input, weight, bias)
         return made.to(input.dtype)
 
 
