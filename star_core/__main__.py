@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -282,6 +283,12 @@ def _parity(path: Path) -> int:
     return EXIT_PARITY if failed else 0
 
 
+def _collect_seldom() -> None:
+    """Look for garbage after 100,000 new objects instead of 700: what torch and transformers import, a million
+    of them, stays, and to look through it again and again takes a second."""
+    gc.set_threshold(100_000, 50, 100)
+
+
 def _leave(code: int) -> NoReturn:
     """End the process as it is, all that was said written out: taking apart what torch and transformers made of
     it takes Python a second. For commands that have closed their files and started no processes; not under a
@@ -301,7 +308,7 @@ def _is_monitored() -> bool:
 
 
 if __name__ == "__main__":
-    ended = main()
     if sys.argv[1:2] in (["train"], ["evaluate"]):
-        sys.exit(ended)
-    _leave(ended)
+        sys.exit(main())
+    _collect_seldom()
+    _leave(main())

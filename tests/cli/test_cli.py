@@ -409,8 +409,9 @@ def test_a_process_without_standard_output_does_its_work():
 )
 def test_a_command_that_is_done_does_not_wait_for_python_to_take_itself_apart(command, code, said, farewell):
     program = (
-        "import atexit, runpy, sys\n"
+        "import atexit, gc, runpy, sys\n"
         "atexit.register(print, 'farewell')\n"
+        "gc.callbacks.append(lambda phase, _: phase == 'stop' and print('collected', file=sys.stderr))\n"
         f"sys.argv = ['star_core', *{command.split()!r}]\n"
         "runpy.run_module('star_core', run_name='__main__')"
     )
@@ -418,6 +419,8 @@ def test_a_command_that_is_done_does_not_wait_for_python_to_take_itself_apart(co
     assert done.returncode == code
     assert said in done.stdout + done.stderr
     assert ("farewell" in done.stdout) == farewell
+    # What is imported is garbage at no time: it is not to be looked through at every 700 objects.
+    assert (done.stderr.count("collected") > 50) == farewell
 
 
 def test_a_profiler_has_the_last_word():
