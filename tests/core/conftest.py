@@ -1,0 +1,31 @@
+"""What the files that Triton's interpreter runs share; `test_kernels.py` starts them, each in its own process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+FOR_GOOD = SimpleNamespace(restore=lambda: None)
+
+
+@pytest.fixture(scope="session", autouse=INTERPRETING)
+def _language_interpreted_for_good() -> None:
+    """Exchange Triton's language once. The interpreter looks all of it through for every call of a helper,
+    which takes it as long as the kernels do."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    exchange = getattr(interpreter, "_patch_lang", None)
+    if exchange is None:
+        return  # another Triton, which may take its time
+    exchanged = set()
+
+    def once(function: Callable) -> SimpleNamespace:
+        if function.__module__ not in exchanged:  # what is exchanged is what the module knows the language by
+            exchange(function)
+            exchanged.add(function.__module__)
+        return FOR_GOOD
+
+    interpreter._patch_lang = once
