@@ -6,11 +6,13 @@ pattern `#` stands for a number and `*` for the rest of the name.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 
+@functools.cache
 def _expression(pattern: str) -> re.Pattern[str]:
     escaped = re.escape(pattern).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)")
     return re.compile(escaped)
