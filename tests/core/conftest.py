@@ -1,4 +1,4 @@
-"""What the files that Triton's interpreter runs share; `test_kernels.py` starts them, each in its own process."""
+"""What the files that Triton's interpreter runs share: each is a process of its own (`test_kernels.py`)."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable
 
@@ -37,6 +38,15 @@ SHAPES = {
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have kernels serve CPU tensors. Which took a call, `served` of conftest.py tells."""
     monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sums_unchecked() -> None:
+    """The interpreter asks of every sum and product of integers whether it overflows, a third of its time. Of
+    maps as small as these none does."""
+    builder = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
+    if hasattr(builder.options, "sanitize_overflow"):
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
