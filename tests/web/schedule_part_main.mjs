@@ -1,5 +1,5 @@
-// Reads one JSON list of [function, ...arguments] from standard input, answers what the editor's functions return.
-import { readFileSync } from "node:fs";
+// Lists of [function, ...arguments], answered by what the editor's functions return.
+import { answerLines } from "./lines.mjs";
 import * as part from "../../web/js/schedule_part.js";
 import * as quantities from "../../web/js/quantities.js";
 import { parseSchedule } from "../../web/js/schedule_text.js";
@@ -22,5 +22,4 @@ function caught(call) {
   }
 }
 
-const cases = JSON.parse(readFileSync(0, "utf8"));
-process.stdout.write(JSON.stringify(cases.map(answer)));
+await answerLines(answer);

@@ -1,6 +1,5 @@
-// Reads one JSON list of [text, scales or null] from standard input, answers one JSON list of what the editor's
-// parser makes of each.
-import { readFileSync } from "node:fs";
+// Lists of [text, scales or null], answered by what the editor's parser makes of each.
+import { answerLines } from "./lines.mjs";
 import { parseSchedule, toText, valuesOf, QUANTITIES } from "../../web/js/schedule_text.js";
 
 function answer([text, scales]) {
@@ -15,5 +14,4 @@ function answer([text, scales]) {
   }
 }
 
-const cases = JSON.parse(readFileSync(0, "utf8"));
-process.stdout.write(JSON.stringify(cases.map(answer)));
+await answerLines(answer);

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,23 +11,13 @@ from star_core.schedule import ramp
 from star_core.schedule_parts import check_part
 from star_core.schedule_text import ScheduleError, parse_schedule
 
-HERE = Path(__file__).parent
-NODE = shutil.which("node")
+from .node_script import needs_node, run_node
 
-pytestmark = pytest.mark.skipif(NODE is None, reason="needs `node` (Node.js 20.19 or newer) on the path")
+pytestmark = needs_node
 
 
 def call(*cases: list[Any]) -> list[Any]:
-    done = subprocess.run(
-        [str(NODE), str(HERE / "schedule_part_main.mjs")],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    answers: list[Any] = json.loads(done.stdout)
-    return answers
+    return run_node("schedule_part_main.mjs", list(cases))
 
 
 def value(*case: Any) -> Any:

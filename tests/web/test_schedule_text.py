@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,23 +12,11 @@ from star_core.presets import SCHEDULES, named_schedule
 from star_core.schedule import QUANTITIES
 from star_core.schedule_text import ScheduleError, parse_schedule
 
-HERE = Path(__file__).parent
-NODE = shutil.which("node")
+from .node_script import needs_node, run_node
 
-pytestmark = pytest.mark.skipif(NODE is None, reason="needs `node` (Node.js 20.19 or newer) on the path")
+pytestmark = needs_node
 
 Case = tuple[str, int | None]
-
-
-def run_node(script: str, cases: list[Any]) -> list[Any]:
-    """Return the script's JSON answers to JSON cases, all in one process."""
-    done = subprocess.run(
-        [str(NODE), str(HERE / script)], input=json.dumps(cases), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    answers: list[Any] = json.loads(done.stdout)
-    assert len(answers) == len(cases)
-    return answers
 
 
 def by_engine(text: str, scales: int | None) -> dict[str, Any]:

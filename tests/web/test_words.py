@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 from star_core.presets import SCHEDULES
 
-from .test_schedule_text import run_node
+from .node_script import needs_node, run_node
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("node") is None, reason="needs `node` (Node.js 20.19 or newer) on the path"
-)
+pytestmark = needs_node
 
 OWN = "checkpoint's own"
 LANGUAGES = sorted(folder.name for folder in (Path(__file__).parents[2] / "locales").iterdir())

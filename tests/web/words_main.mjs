@@ -1,6 +1,5 @@
-// Reads one JSON list of [function, ...arguments] from standard input, answers what words.js says.
-import { readFileSync } from "node:fs";
+// Lists of [function, ...arguments], answered by what words.js says.
+import { answerLines } from "./lines.mjs";
 import * as words from "../../web/js/words.js";
 
-const cases = JSON.parse(readFileSync(0, "utf8"));
-process.stdout.write(JSON.stringify(cases.map(([name, ...parameters]) => words[name](...parameters))));
+await answerLines(([name, ...parameters]) => words[name](...parameters));
