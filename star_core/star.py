@@ -279,7 +279,8 @@ def load(
     packed lays bfloat16 weights out for a CPU's products, for many pictures: loading reads them all and takes
     longer, each picture is faster; other rounding, so that a token may change where two are about as likely.
     low_memory is for a CPU: pictures are decoded in strips, and in float32 weights whose file has them in half
-    precision stay in it and are made wide for each product (`upcast`). The same pictures, later.
+    precision stay in it and are made wide for each product (`upcast`). The same pictures, later. A float32 text
+    encoder's stay in it on every CPU.
     Raises ValueError naming file, key and remedy.
     """
     files = find_files(source, vqvae=vqvae, text_encoder=text_encoder)
@@ -318,7 +319,8 @@ def load(
         tokenizer=words,
         dtype=text_dtype,
         device=place,
-        keep_halves=low_memory and text_dtype == torch.float32,
+        # Read once a picture: to make them wide again takes a tenth of a second, to keep them so a gigabyte.
+        keep_halves=device.type == "cpu" and text_dtype == torch.float32,
     )
     if gpu_memory is not None:
         parts = Parts(config, networks.transformer, networks.causal_sampler, picture_network, encoder)

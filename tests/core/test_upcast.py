@@ -207,7 +207,21 @@ def test_a_processor_with_products_gets_torch_s_layers(monkeypatch: pytest.Monke
 
 def test_float32_gets_torch_s_layers(old: None):
     star = load()
-    assert not {Linear, Conv2d} & (kinds(star.transformer) | kinds(star.vqvae) | kinds(star.text_encoder))
+    assert not {Linear, Conv2d} & (kinds(star.transformer) | kinds(star.vqvae))
+
+
+def test_a_float32_text_encoder_s_halves_stay_in_their_file_unasked():
+    wide = load_text_encoder(SHIPPED / "text_encoder", SHIPPED / "tokenizer")
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    for star in (load(), load(dtype=torch.bfloat16), load(eight_bit="int8")):
+        halves = [name for name, p in star.text_encoder.named_parameters() if p.dtype == torch.float16]
+        assert sum("weight" in name for name in halves) == len(halves) > 6
+        ours, theirs = star.encode_text(["a red apple", ""]), wide.encode(["a red apple", ""])
+        assert ours.hidden.dtype == torch.float32
+        assert torch.equal(ours.hidden, theirs.hidden)
+        assert torch.equal(ours.pooled, theirs.pooled)
+    asked = load(text_dtype=torch.bfloat16).text_encoder
+    assert {p.dtype for p in asked.parameters()} == {torch.bfloat16}
 
 
 def test_in_little_memory_halves_stay_in_their_files_and_the_picture_is_the_same(
@@ -220,9 +234,6 @@ def test_in_little_memory_halves_stay_in_their_files_and_the_picture_is_the_same
         kinds(small.transformer) | kinds(small.causal_sampler) | kinds(small.vqvae) | kinds(small.text_encoder)
     )
     assert not {nn.Linear, nn.Conv2d} & found
-    texts = [star.encode_text(["a red apple", ""]) for star in (plain, small)]
-    assert torch.equal(texts[0].hidden, texts[1].hidden)
-    assert torch.equal(texts[0].pooled, texts[1].pooled)
     steps = [list(star.generate(["a red apple"], options=Options(seed=3))) for star in (plain, small)]
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(*steps, strict=True))
     f_hat = steps[0][-1].f_hat
