@@ -153,7 +153,7 @@ class StarLoad(io.ComfyNode):
         files = _files(checkpoint, text_encoder, vqvae)
         transformer = _transformer(files.star, name, precision)
         codec = load_vqvae(files.vqvae, config.vqvae, operations=host.operations(), dtype=host.vqvae_dtype())
-        encoder = load_text_encoder(files.text_encoder)
+        encoder = load_text_encoder(files.text_encoder, keep_halves=True)
         _check_width(config, encoder.width, files.text_encoder)
         codec_handle = sockets.VQVAEHandle(config.vqvae, host.vqvae_patcher(codec))
         return io.NodeOutput(

@@ -15,9 +15,11 @@ from star_core.generate import generate
 from star_core.graphs import CudaGraph, Replays
 from star_core.int8 import Int8Linear
 from star_core.kernels import references_only
+from star_core.model_files import SHIPPED
 from star_core.request import Options, ScaleStep
 from star_core.sampling import PictureSeed
 from star_core.streaming import Parts
+from star_core.text_encoder import load_text_encoder
 
 KINDS = ["plain", "smooth", "confidence", "masked", "official"]
 
@@ -121,6 +123,15 @@ def test_logits_of_the_shipped_model_are_the_cpus_and_bfloat16_s_within_their_bo
     error = (logits(load(device=gpu, dtype=torch.bfloat16)) - exact).abs() / exact.std()
     assert 0 < error.mean() < 0.02
     assert error.max() < 0.25
+
+
+def test_a_text_encoder_whose_halves_stay_halves_gives_the_wide_one_s_states(gpu: torch.device):
+    folder = SHIPPED / "text_encoder", SHIPPED / "tokenizer"
+    wide, small = (load_text_encoder(*folder, keep_halves=kept).to(gpu) for kept in (False, True))
+    assert torch.float16 in {p.dtype for p in small.parameters()} - {p.dtype for p in wide.parameters()}
+    theirs, ours = (encoder.encode(["a red apple", ""]) for encoder in (wide, small))
+    assert torch.equal(ours.hidden, theirs.hidden)
+    assert torch.equal(ours.pooled, theirs.pooled)
 
 
 def test_a_recorded_text_encoder_gives_the_states_of_any_prompts(gpu: torch.device):
