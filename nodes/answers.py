@@ -21,13 +21,12 @@ def register() -> None:
 
 def model_facts(query: Mapping[str, str]) -> dict[str, Any]:
     """Return what the editor needs of the checkpoint that a Load STAR node has chosen."""
-    from ..star_core.checkpoint import resolve_config
     from ..star_core.presets import read_schedule
     from ..star_core.schedule import sides_text
-    from ..star_core.weights import TensorFile
+    from ..star_core.stored import FileHeader, resolve_config
 
     path = checkpoint_path(query.get("checkpoint", ""))
-    config = resolve_config(TensorFile(path), preset_name(query.get("preset", "")))
+    config = resolve_config(FileHeader(path), preset_name(query.get("preset", "")))
     return {
         "name": config.name,
         "sides": sides_text(config.maps).split(),

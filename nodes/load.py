@@ -144,12 +144,12 @@ class StarLoad(io.ComfyNode):
     def execute(
         cls, checkpoint: str, text_encoder: str, vqvae: str, precision: str, preset: str
     ) -> io.NodeOutput:
-        from ..star_core.checkpoint import load_vqvae, resolve_config
+        from ..star_core.checkpoint import load_vqvae
+        from ..star_core.stored import FileHeader, resolve_config
         from ..star_core.text_encoder import load_text_encoder
-        from ..star_core.weights import TensorFile
 
         name = preset_name(preset)
-        config = resolve_config(TensorFile(checkpoint_path(checkpoint)), name)
+        config = resolve_config(FileHeader(checkpoint_path(checkpoint)), name)
         files = _files(checkpoint, text_encoder, vqvae)
         transformer = _transformer(files.star, name, precision)
         codec = load_vqvae(files.vqvae, config.vqvae, operations=host.operations(), dtype=host.vqvae_dtype())

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Networks, transformer_facts, unreleased
+from .checkpoint import Networks
 from .config import PRESETS, StarConfig, TokenMap, VQVAEConfig, preset, square_maps
 from .key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
 from .schedule import sides_text
+from .stored import METADATA_KEY, transformer_facts, unreleased
 from .text_files import TEXT_KEYS
 from .vqvae import VQVAE
-from .weights import METADATA_KEY, build_on_meta, check_keys, read_pickle, save_tensors, vqvae_record
+from .weights import build_on_meta, check_keys, read_pickle, save_tensors, vqvae_record
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,14 @@
-"""Says what a checkpoint is, from names, shapes and metadata; reads no weights."""
+"""Says what a checkpoint is, from names, shapes and metadata; reads no weights. No torch."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
-from .checkpoint import resolve_config, stored_vqvae_config, transformer_facts
 from .config import PRESETS, token_count
 from .model_files import SHIPPED
 from .schedule import sides_text
-from .weights import METADATA_KEY, TensorFile
+from .stored import METADATA_KEY, FileHeader, resolve_config, stored_vqvae_config, transformer_facts
 
 
 def describe(path: Path | None) -> list[str]:
@@ -27,10 +26,10 @@ def describe(path: Path | None) -> list[str]:
         raise ValueError(f"{place}: no such file or folder")
     if place.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         raise ValueError(f"{place}: a pickle; `python -m star_core convert {place.name} --out FOLDER`")
-    return _describe_file(TensorFile(place))
+    return _describe_file(FileHeader(place))
 
 
-def _describe_file(file: TensorFile) -> list[str]:
+def _describe_file(file: FileHeader) -> list[str]:
     count = sum(math.prod(file.shape(name)) for name in file)
     head = f"{file.path} ({count / 1e6:.1f} M values, {file.path.stat().st_size / 1e6:.1f} MB)"
     names = set(file)
@@ -44,7 +43,7 @@ def _describe_file(file: TensorFile) -> list[str]:
     raise ValueError(f"{file.path}: no part of STAR (its first tensor is {min(names, default='?')})")
 
 
-def _transformer_lines(file: TensorFile) -> list[str]:
+def _transformer_lines(file: FileHeader) -> list[str]:
     facts = transformer_facts({name: file.shape(name) for name in file}, str(file.path))
     if METADATA_KEY not in file.metadata:
         fitting = [n for n, c in PRESETS.items() if not facts.contradictions(c.transformer)]

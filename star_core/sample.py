@@ -55,14 +55,13 @@ def check_model(plan: SamplePlan) -> None:
 
     Raises ValueError for a recipe of another model, and for a size or schedule that this one does not have.
     """
-    from .checkpoint import resolve_config
     from .model_files import find_files
     from .star import schedule_of
-    from .weights import TensorFile
+    from .stored import FileHeader, resolve_config
 
     args = plan.arguments
     files = find_files(args.checkpoint, vqvae=args.vqvae, text_encoder=args.text_encoder)
-    config = resolve_config(TensorFile(files.star), args.preset)
+    config = resolve_config(FileHeader(files.star), args.preset)
     try:
         if plan.model not in (None, config.name):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The one place that opens weight files: safetensors, and pickles through one guarded reader.
+"""The one place that reads weights: from safetensors, and from pickles through one guarded reader.
 
 Loading is strict: modules are built on the meta device, every tensor of a file is known or left out for a
 stated reason, and every parameter is filled. All errors are ValueErrors naming file, key and remedy.
@@ -12,13 +12,12 @@ import os
 import pickle
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -26,12 +25,12 @@ from torch.overrides import TorchFunctionMode
 from .config import VQVAEConfig
 from .key_tables import VQVAE_KEYS, KeyTable
 from .packed import can_be_packed, packed, put_packed
+from .stored import METADATA_KEY, FileHeader
 from .upcast import HALVES, reads_halves
 from .vqvae import VQVAE
 
 log = logging.getLogger(__name__)
 
-METADATA_KEY = "star"
 FORMAT = "star-1"
 ZIP_START = b"PK\x03\x04"
 PICKLE_START = b"\x80"
@@ -42,26 +41,10 @@ RELEASE_AFTER = 2**26
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-class TensorFile(Mapping[str, Tensor]):
+class TensorFile(FileHeader, Mapping[str, Tensor]):
     """The tensors of one safetensors file, read one at a time when asked for."""
 
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        self.path = path
-        # Opened here already so that a broken file is refused before any module is built.
-        self._file = self._open()
-        self._names = tuple(self._file.keys())
-        self.metadata: dict[str, str] = dict(self._file.metadata() or {})
-
-    def _open(self) -> Any:
-        try:
-            return safe_open(self.path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{self.path}: not a whole safetensors file ({error!s:.200}). Download it again; an original"
-                " .pth needs `python -m star_core convert` first"
-            ) from error
+    framework = "pt"
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -69,19 +52,9 @@ class TensorFile(Mapping[str, Tensor]):
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
     def release(self) -> None:
         """Let go of the pages that were read: tensors that were copied from them need them no more."""
         self._file = self._open()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading it."""
-        return tuple(self._file.get_slice(name).get_shape())
 
 
 def read_pickle(path: Path) -> Any:

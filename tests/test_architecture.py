@@ -55,7 +55,8 @@ ALLOWED = {
     "transformer": {"attention", "config", "kernels", "rope", "transfer"},
     "causal_sampler": {"config", "rope", "sampling", "schedule", "transfer", "transformer"},
     "key_tables": set(),
-    "weights": {"config", "key_tables", "packed", "upcast", "vqvae"},
+    "stored": {"config"},
+    "weights": {"config", "key_tables", "packed", "stored", "upcast", "vqvae"},
     "text_files": {"key_tables", "model_files", "weights"},
     "text_encoder": {"graphs", "text_files", "transfer", "upcast", "weights"},
     "model_files": set(),
@@ -81,7 +82,7 @@ ALLOWED = {
 
 NO_TORCH = (
     *("config", "schedule", "schedule_text", "schedule_parts", "presets", "memory", "key_tables"),
-    *("model_files", "__init__", "__main__"),
+    *("model_files", "stored", "inspection", "__init__", "__main__"),
 )
 HOST = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server", "execution"}
 

@@ -11,12 +11,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint import load_vqvae, resolve_config
+from ..checkpoint import load_vqvae
 from ..config import StarConfig
 from ..model_files import SHIPPED, STAR_FILE, VQVAE_FILE
 from ..presets import read_schedule
+from ..stored import METADATA_KEY, resolve_config
 from ..text_encoder import load_text_encoder
-from ..weights import METADATA_KEY, TensorFile, save_tensors
+from ..weights import TensorFile, save_tensors
 from .soup import Soup
 
 log = logging.getLogger(__name__)

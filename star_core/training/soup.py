@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import resolve_config
 from ..key_tables import SAMPLER_PREFIX, STAR_KEYS
+from ..stored import resolve_config
 from ..weights import TensorFile
 
 

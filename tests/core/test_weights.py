@@ -21,16 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from star_core.__main__ import main
-from star_core.checkpoint import (
-    Networks,
-    load_networks,
-    load_vqvae,
-    resolve_config,
-    save_networks,
-    transformer_facts,
-)
+from star_core.checkpoint import Networks, load_networks, load_vqvae, save_networks
 from star_core.config import PRESETS, StarConfig, VQVAEConfig
 from star_core.key_tables import STAR_KEYS, VQVAE_KEYS, KeyTable
+from star_core.stored import resolve_config, transformer_facts
 from star_core.vqvae import VQVAE
 from star_core.weights import (
     TensorFile,

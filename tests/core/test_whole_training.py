@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from star_core.__main__ import main
-from star_core.checkpoint import resolve_config
 from star_core.key_tables import SAMPLER_PREFIX, STAR_KEYS
 from star_core.model_files import SHIPPED
 from star_core.request import Options
 from star_core.star import load
+from star_core.stored import METADATA_KEY, resolve_config
 from star_core.text_encoder import TextEncoder
 from star_core.training import all_stages, assemble, causal_sampler, decoder, tokenizer, transformer
 from star_core.training.soup import Soup
-from star_core.weights import METADATA_KEY, TensorFile, save_tensors
+from star_core.weights import TensorFile, save_tensors
 
 STAGES = (tokenizer, transformer, causal_sampler, decoder)
 OPTIONS = {
