@@ -146,6 +146,14 @@ def compute_device() -> torch.device:
     return device
 
 
+def text_halves_stay() -> bool:
+    """Whether a text encoder's weights may be moved in the half precision of their file: not every other device
+    holds bfloat16."""
+    import comfy.model_management as mm
+
+    return mm.text_encoder_device().type in ("cpu", "cuda")
+
+
 def transformer_patcher(model: nn.Module) -> Any:
     """Wrap transformer and sampler so that ComfyUI decides where their weights are."""
     import comfy.model_management as mm

@@ -75,7 +75,7 @@ class StarLoad(io.ComfyNode):
                         " and another picture. int8 is faster only on CPUs with AVX-512 VNNI and no AMX; fp8 is"
                         " for NVIDIA's Ada, Hopper and later GPUs, and slow on every other device. The VQ-VAE"
                         " stays in float32 unless ComfyUI was started with --fp16-vae or --bf16-vae; the text"
-                        " encoder is always float32."
+                        " encoder computes in float32."
                     ),
                 ),
                 io.Combo.Input(
@@ -153,7 +153,7 @@ class StarLoad(io.ComfyNode):
         files = _files(checkpoint, text_encoder, vqvae)
         transformer = _transformer(files.star, name, precision)
         codec = load_vqvae(files.vqvae, config.vqvae, operations=host.operations(), dtype=host.vqvae_dtype())
-        encoder = load_text_encoder(files.text_encoder, keep_halves=True)
+        encoder = load_text_encoder(files.text_encoder, keep_halves=host.text_halves_stay())
         _check_width(config, encoder.width, files.text_encoder)
         codec_handle = sockets.VQVAEHandle(config.vqvae, host.vqvae_patcher(codec))
         return io.NodeOutput(

@@ -284,8 +284,8 @@ def _parity(path: Path) -> int:
 
 
 def _collect_seldom() -> None:
-    """Look for garbage after 100,000 new objects instead of 700: what torch and transformers import, a million
-    of them, stays, and to look through it again and again takes a second."""
+    """Look for garbage after 100,000 new objects instead of a few hundred: what torch and transformers import,
+    a million of them, stays, and to look through it again and again takes a second."""
     gc.set_threshold(100_000, 50, 100)
 
 

@@ -190,8 +190,9 @@ def load_text_encoder(
 
     source: a folder in Stable Diffusion's layout (text_encoder/ beside tokenizer/), a folder as
     transformers writes it, or one weight file. tokenizer: a folder with vocab.json and merges.txt, or one of
-    these files; by default it is looked for in and beside `source`. keep_halves: on a CPU, leave weights in
-    their file where it holds halves (`upcast`).
+    these files; by default it is looked for in and beside `source`. keep_halves: load onto a CPU, leave
+    weights as they lie in their file where it holds halves, and compute in `dtype` all the same (`upcast`),
+    there or where the encoder is moved to.
     Raises ValueError naming the file, the key and the remedy.
     """
     weights, words = find_text_files(source, tokenizer)

@@ -3,8 +3,8 @@
 PyTorch's own products of halves take five to ten times as long as those of float32 there, which is any x86
 processor without AVX-512's or AMX's instructions for them (NOTES.md). A layer of this module keeps its weights
 as they are, makes them and its input wide for one product, and rounds the result, which is what a processor
-with such products does inside. Weights may also be halves where activations are float32: the same numbers as
-those of weights made wide once and for all, in half the memory, later.
+with such products does inside. Weights may also be halves where activations are float32, on any device: the
+same numbers as those of weights made wide once and for all, in half the memory, later.
 
 The module is an `operations` namespace for layers that are built; `upcast_linears` is for those that are there.
 """
@@ -48,7 +48,8 @@ def _takes_as_it_is(x: Tensor, weight: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """A linear layer that makes halves on a CPU wide for its product, its input's or its weights'."""
+    """A linear layer that makes halves wide for its product: its input's on a CPU, its weights' beside a wide
+    input anywhere."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out) in the dtype of the input."""

@@ -402,7 +402,7 @@ def test_a_process_without_standard_output_does_its_work():
     ("command", "code", "said", "farewell"),
     [
         ("inspect", 0, "star-emoji", False),
-        ("inspect nowhere", 2, "star_core: nowhere", False),
+        ("parity nowhere", 2, "star_core: nowhere", False),
         ("train model --star nowhere --vqvae nowhere --out nowhere", 2, "star_core: nowhere", True),
     ],
 )
@@ -418,8 +418,8 @@ def test_a_command_that_is_done_does_not_wait_for_python_to_take_itself_apart(co
     assert done.returncode == code
     assert said in done.stdout + done.stderr
     assert ("farewell" in done.stdout) == farewell
-    # What is imported is garbage at no time: it is not to be looked through at every 700 objects.
-    assert (done.stderr.count("collected") > 50) == farewell
+    # torch is no garbage: looked through at every few hundred objects, it is so some hundred times.
+    assert (done.stderr.count("collected") > 100) == farewell
 
 
 def test_a_profiler_has_the_last_word():

@@ -683,7 +683,8 @@ def test_compiled_blocks_are_trained_on(stage, data, tokenizer_run, transformer_
 
     def traced(block: nn.Module, **how: object) -> None:
         built.append(type(block).__name__)
-        # In one piece, to the graph that a compiler would be given: the next test goes on from there.
+        # In one piece, to the graph that a compiler would be given. What comes of it, the next test compares,
+        # of the block that has all layers of the other.
         original(block, backend="eager", fullgraph=True, **how)
 
     monkeypatch.setattr(nn.Module, "compile", traced)

@@ -233,6 +233,8 @@ def describe(value, where):
         }
     if type(value).__name__ == "ModelHandle":
         return {"dtype": str(value.patcher.model.transformer.dtype), "patchers": 2}
+    if type(value).__name__ == "TextEncoderHandle":
+        return {"dtypes": sorted({str(p.dtype) for p in value.patcher.model.parameters()})}
     return {"type": type(value).__name__, "text": str(value)[:300]}
 
 

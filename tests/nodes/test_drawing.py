@@ -30,6 +30,12 @@ def test_a_picture_is_the_engine_s_own(comfy, prompt, star):
     assert np.abs(image - expected).max() < 1e-4
 
 
+def test_a_text_encoder_s_halves_are_not_made_wide(comfy, prompt):
+    # What it gives is float32 all the same: the picture above is the engine's.
+    ran = comfy.run(prompt(seed=7).probe("load", 1, name="text"))
+    assert ran.reply["seen"]["text"]["dtypes"] == ["torch.float16", "torch.float32"]
+
+
 def test_a_batch_s_pictures_do_not_depend_on_its_size(comfy, prompt):
     three = comfy.run(prompt(seed=3, batch_size=3)).tokens()
     one = comfy.run(prompt(seed=3, batch_size=1)).tokens()
