@@ -402,13 +402,13 @@ print(peak() - before)
 
 @pytest.fixture
 def full_size(tmp_path: Path) -> Iterator[tuple[Path, FullSize, int]]:
-    """An official file of the d16 model, 1.1 GB in float32, beside half as much of optimizer state."""
+    """An official file of the d16 model, 1.1 GB in float32, beside a third as much of optimizer state."""
     model = FullSize()
     path = tmp_path / "full.pth"
     weights = {name: model.tensor(name).clone() for name in model.shapes}
     size = sum(tensor.nbytes for tensor in weights.values())
     content = checkpoint(weights)
-    content["trainer"]["var_opt"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(size // 8)
+    content["trainer"]["var_opt"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(size // 12)
     with no_checksums():
         torch.save(content, path)
     del weights, content
@@ -420,7 +420,7 @@ def full_size(tmp_path: Path) -> Iterator[tuple[Path, FullSize, int]]:
 @pytest.mark.skipif(not STATUS.exists(), reason="peak memory is read from /proc, which this system lacks")
 def test_a_d16_file_goes_round_in_little_memory(full_size: tuple[Path, FullSize, int], tmp_path: Path):
     path, model, weights = full_size
-    assert path.stat().st_size > 1.5 * weights > 1.6e9
+    assert path.stat().st_size > 1.3 * weights > 1.4e9
     command = [sys.executable, "-c", MEASURED, str(path), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     # The weights as they are mapped, their halves, and little else: the optimizer is never touched. A 20 GB
