@@ -1,4 +1,4 @@
-"""What the files that Triton's interpreter runs share: each is a process of its own (`test_kernels.py`)."""
+"""What the files share that Triton's interpreter runs, in a process of their own (`test_kernels.py`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The door to the fused kernels: who is served by one, who by the reference, and what happens without Triton.
 
 The kernels themselves are compared with their references in `*kernels_interpreted.py`, by Triton's interpreter,
-which has to be chosen before Triton is imported: in a process of its own.
+which has to be chosen before Triton is imported: in a process of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -200,43 +200,22 @@ def need_triton(least: str, why: str) -> ModuleType:
     return triton
 
 
-INTERPRETED = ("kernels_interpreted.py", "vqvae_kernels_interpreted.py")
+INTERPRETED = ("tests/core/kernels_interpreted.py", "tests/core/vqvae_kernels_interpreted.py")
 
 
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
-    """The files that need Triton's interpreter, each running in a process of its own."""
+def test_the_kernels_compute_what_their_references_do(tmp_path: Path):
     need_triton("3.2", "whose interpreter knows annotations as texts: the kernels are not compared")
-    cache = tmp_path_factory.mktemp("triton")
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "TRITON_CACHE_DIR": str(cache),
-        "OMP_NUM_THREADS": "1",
-    }
-    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x"]
-    started = {
-        file: subprocess.Popen(
-            [*program, f"tests/core/{file}"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for file in INTERPRETED
-    }
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize("file", INTERPRETED)
-def test_the_kernels_compute_what_their_references_do(file: str, interpreted: dict[str, subprocess.Popen]):
-    output, _ = interpreted[file].communicate(timeout=600)
-    assert interpreted[file].returncode == 0, output[-6000:]
-    assert "skipped" not in output
+    variables = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", *INTERPRETED],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert "skipped" not in done.stdout
 
 
 HEADS = dict.fromkeys(("qkv", "q_bias", "v_bias", "q_out", "k_out", "v_out", "q"), "*bf16")
