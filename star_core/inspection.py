@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 
 from .config import PRESETS, token_count
 from .model_files import SHIPPED
 from .schedule import sides_text
 from .stored import METADATA_KEY, FileHeader, resolve_config, stored_vqvae_config, transformer_facts
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def describe(path: Path | None) -> list[str]:
@@ -20,13 +23,19 @@ def describe(path: Path | None) -> list[str]:
     if place.is_dir():
         files = sorted(place.rglob("*.safetensors"))
         if not files:
-            raise ValueError(f"{place}: no safetensors file in it")
+            pickled = min((file for file in place.rglob("*") if file.suffix in PICKLES), default=None)
+            remedy = f". {_to_convert(pickled)}" if pickled else ""
+            raise ValueError(f"{place}: no safetensors file in it{remedy}")
         return [line for file in files for line in describe(file)]
     if not place.is_file():
         raise ValueError(f"{place}: no such file or folder")
-    if place.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        raise ValueError(f"{place}: a pickle; `python -m star_core convert {place.name} --out FOLDER`")
+    if place.suffix in PICKLES:
+        raise ValueError(f"{place}: a pickle. {_to_convert(place)}")
     return _describe_file(FileHeader(place))
+
+
+def _to_convert(pickled: Path) -> str:
+    return f"Convert it first: `python -m star_core convert {shlex.quote(str(pickled))} --out FOLDER`"
 
 
 def _describe_file(file: FileHeader) -> list[str]:

@@ -318,9 +318,17 @@ def test_inspect_says_that_a_file_is_not_there(name, tmp_path, capsys):
 
 
 def test_inspect_sends_a_pickle_to_convert(tmp_path, capsys):
-    (tmp_path / "model.pth").write_bytes(b"x")
-    assert main(["inspect", str(tmp_path / "model.pth")]) == 2
-    assert "convert" in capsys.readouterr().err
+    pickled = tmp_path / "var" / "d16 256.pth"
+    pickled.parent.mkdir()
+    pickled.write_bytes(b"x")
+    for place in (pickled, pickled.parent, tmp_path):
+        assert main(["inspect", str(place)]) == 2
+        error = capsys.readouterr().err
+        assert str(place) in error
+        assert f"python -m star_core convert '{pickled}' --out FOLDER" in error
+    pickled.unlink()
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"star_core: {tmp_path}: no safetensors file in it\n"
 
 
 def test_parity_prints_a_row_per_quantity_and_exits_0(capsys):
