@@ -193,18 +193,23 @@ def load(patchers: Sequence[Any], memory: int = 0, *, whole: bool = False) -> to
     return device
 
 
+CPU_BYTES = 2**26
+"""Of pictures that a CPU computes together. More are no faster, and Cancel waits for a block of all."""
+
+
 def load_for_pictures(patcher: Any, picture: int, count: int) -> tuple[torch.device, int]:
     """Have weights brought to where they compute, with room for a picture of so many bytes.
 
-    Return that device and how many of `count` pictures fit into its memory together, one at least. Room is
-    made for one alone: for more of them no other model has to go.
+    Return that device and how many of `count` pictures to compute together: as many as fit into its memory, on
+    a CPU into `CPU_BYTES`, one at least. Room is made for one alone: for more no other model has to go.
     """
     import comfy.model_management as mm
 
     device = load([patcher], picture)
     # Newer versions count what other models would give up.
     free = getattr(patcher, "get_free_memory", mm.get_free_memory)(device)
-    return device, max(1, min(count, int(free) // picture))
+    room = min(int(free), CPU_BYTES) if device.type == "cpu" else int(free)
+    return device, max(1, min(count, room // picture))
 
 
 def out_of_memory(error: BaseException) -> bool:

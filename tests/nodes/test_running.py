@@ -7,6 +7,9 @@ import shutil
 
 import pytest
 
+from star_core.memory import decoding_bytes
+from star_core.stored import FileHeader, resolve_config
+
 SCALES, DEPTH = 6, 2
 SIDES = (1, 2, 4, 6, 10, 16)
 
@@ -183,6 +186,16 @@ def test_decoding_falls_back_to_smaller_pieces_with_a_warning(comfy, prompt):
     ran = comfy.run(graph, faults={"largest_batch": 1})
     assert abs(ran.array("image") - whole).max() < 1e-4
     assert ["decode", "⚠ out of memory decoding whole: trying one by one"] in ran.texts
+
+
+def test_a_cpu_decodes_a_large_batch_in_pieces_between_which_cancel_acts(comfy, prompt, models):
+    config = resolve_config(FileHeader(models / "tiny" / "star.safetensors"), None)
+    most = 2**26 // decoding_bytes(config.vqvae, config.maps[-1], 1, itemsize=4)
+    graph = prompt(seed=509, batch_size=most + 1)
+    graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0]).probe("decode", name="image")
+    ran = comfy.run(graph, faults={"largest_batch": most})
+    assert len(ran.array("image")) == most + 1
+    assert not [text for _, text in ran.texts if "out of memory" in text]
 
 
 def test_memory_that_is_full_in_words_alone_is_full(comfy, prompt):
