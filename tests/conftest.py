@@ -47,14 +47,43 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 SHARING = ("e2e", "gpu", "nodes", "server", "workflows")
 """Folders whose tests start a ComfyUI or share a GPU: one after the other."""
 
+LONGEST = (
+    "test_kernels.py",
+    "test_training_stages.py",
+    "test_benchmarks.py",
+    "test_shipped_model.py",
+    "test_generate.py",
+    "test_whole_training.py",
+    "test_golden.py",
+    "test_cli.py",
+)
+"""Files that begin first, so that none is left for the end, when the other processes have nothing to do."""
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say what runs side by side (pytest -n 2 --dist loadgroup): files, but for those that share something."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        shares = item.path.relative_to(Path(__file__).parent).parts[0] in SHARING
-        item.add_marker(pytest.mark.xdist_group("sharing" if shares else item.path.name))
+    """Bring the longest files to the front where processes share the tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """Say what runs side by side (pytest -n 2 --dist loadgroup): files, but for those that share something.
+
+    xdist's own groups are lost with pytest 9.2, without a word: they were written into a node's private name.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return file if set(SHARING).isdisjoint(Path(file).parts) else "sharing"
+
+    config.option.loadscopereorder = False  # by the number of their tests
+    return Files(config, log)
 
 
 def pytest_collection_finish() -> None:
@@ -329,13 +358,12 @@ class Distance(nn.Module):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture set of 32 px: coloured squares, three of them in a held-out pair."""
+    """A picture set of 16 px, and the same of 32: coloured squares, three of them in a held-out pair."""
     folder = tmp_path_factory.mktemp("data")
     style, families = next(iter(heldout().pairs.items()))
     concepts = ["a trained family"] * TRAINED + [sorted(families)[0]] * HELD_OUT
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 255, (len(concepts), 1, 1, 3), dtype=np.uint8)
-    np.save(folder / "pictures-32.npy", np.broadcast_to(colours, (len(concepts), 32, 32, 3)))
     rows = [
         {
             "style": style,
@@ -347,7 +375,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for i, c in enumerate(concepts)
     ]
-    (folder / "records-32.json").write_text(json.dumps(rows))
+    for side in (16, 32):
+        np.save(folder / f"pictures-{side}.npy", np.broadcast_to(colours, (len(concepts), side, side, 3)))
+        (folder / f"records-{side}.json").write_text(json.dumps(rows))
     return folder
 
 
