@@ -32,10 +32,10 @@ from star_core.star import Star  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def load_shallow(**options: object) -> Star:
-    """Return the shipped model with five of its blocks, which draws in a fraction of the time."""
+def load_shallow(blocks: int = 3, **options: object) -> Star:
+    """Return the shipped model with a few of its blocks, which draws in a fraction of the time."""
     star = load(**options)
-    star.transformer.blocks = star.transformer.blocks[:5]
+    star.transformer.blocks = star.transformer.blocks[:blocks]
     return star
 
 
@@ -288,11 +288,12 @@ def test_loading_is_summed_up_round_by_round():
     assert "load, warm" in text
 
 
-def test_a_squeezed_model_draws_the_same_picture(shallow: Star):
-    with_room, both = low_memory.compare(shallow, None, 1, CPU)
+def test_a_squeezed_model_draws_the_same_picture():
+    star = load_shallow(5)  # the room for the largest tensors holds three
+    with_room, both = low_memory.compare(star, None, 1, CPU)
     assert set(with_room) == {"with_room"}
     assert both["largest_difference"] == {"f_hat": 0, "picture": 0}
-    assert 0 < both["within_cap"]["streamed_blocks"] < len(shallow.transformer.blocks)
+    assert 0 < both["within_cap"]["streamed_blocks"] < len(star.transformer.blocks)
     assert both["within_cap"]["streamed_gb_per_picture"] > 0
     assert not both["raised"]
     assert "within_cap" in "\n".join(low_memory.lines(both))

@@ -220,10 +220,10 @@ def numbers(count: int) -> Tensor:
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.8, 0.999, 1.0])
 def test_draws_are_the_reference_s(size: int, top_k: int, top_p: float):
     # From almost flat rows to such as have one token only.
-    sharpness = torch.tensor([0.01, 1.0, 3.0, 100.0]).reshape(1, 4, 1)
-    logits = sharpness * normal(5, 1, 4, size)
+    sharpness = torch.tensor([0.01, 2.0, 100.0]).reshape(1, 3, 1)
+    logits = sharpness * normal(5, 1, 3, size)
     policy = {"top_k": min(top_k, size), "top_p": top_p, "temperature": 1.0 if size == 64 else 0.7}
-    assert_same_draw(logits, numbers(4), **policy)
+    assert_same_draw(logits, numbers(3), **policy)
 
 
 def test_draws_from_the_whole_codebook_are_the_reference_s():
@@ -246,7 +246,7 @@ def test_numbers_of_any_size_and_sign_are_in_order():
     ]
     logits = torch.tensor([rows])
     for top_k, top_p in ((0, 0.0), (1, 0.0), (2, 0.0), (4, 0.9), (5, 0.0), (0, 0.4), (0, 0.9)):
-        for number in (0.0, 0.4, ALMOST_ONE):
+        for number in (0.0, ALMOST_ONE):
             assert_same_draw(logits, torch.full((1, 4), number), top_k=top_k, top_p=top_p)
 
 
@@ -292,7 +292,7 @@ def test_rows_that_are_no_numbers_still_give_tokens_of_the_codebook():
     assert ((tokens >= 0) & (tokens < 50)).all()
 
 
-FEW_TOKENS = ((1, 1), (2, 2), (2, 3), (3, 3))
+FEW_TOKENS = ((1, 1), (1, 2), (2, 2), (2, 3))
 """The interpreter takes some 30 ms for each token that is drawn."""
 
 

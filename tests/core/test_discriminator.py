@@ -45,7 +45,7 @@ def test_it_learns_to_tell_sharp_from_blurred():
     optimizer = torch.optim.AdamW(discriminator.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(1)
     losses = []
-    for _ in range(60):
+    for _ in range(40):
         sharp = torch.rand(4, 3, 32, 32, generator=generator).round() * 2 - 1
         blurred = F.avg_pool2d(sharp, 5, stride=1, padding=2)
         loss = discriminator_loss(
@@ -63,16 +63,16 @@ def test_it_learns_to_tell_sharp_from_blurred():
 def test_its_gradient_makes_pictures_more_convincing_once_its_head_start_is_over():
     torch.default_generator.manual_seed(0)
     network = Edges()
-    adversary = Adversary([network], 40, torch.device("cpu"))
+    adversary = Adversary([network], 20, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
-    for step in range(41):
+    for step in range(21):
         sharp = torch.rand(8, 3, 32, 32, generator=generator).round() * 2 - 1
         blurred = F.avg_pool2d(sharp, 5, stride=1, padding=2).requires_grad_(True)
-        assert adversary.ready == (step >= 40)
+        assert adversary.ready == (step >= 20)
         sources = tuple(pixel_sources(8, (32, 32), generator) for _ in range(2))
         push, loss = adversary.step(blurred, sharp, sources, ready=adversary.ready)
         adversary.steps += 1
-        assert (push is None) == (step < 40)
+        assert (push is None) == (step < 20)
     assert not loss.requires_grad
     assert push is not None
     assert blurred.grad is None

@@ -591,7 +591,6 @@ def caches(paired: object, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """Make sure that memory goes at once, not when the collector comes by."""
-    gc.collect()
     gc.disable()
     try:
         yield

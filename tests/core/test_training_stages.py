@@ -20,7 +20,6 @@ from star_core.checkpoint import load_networks, load_vqvae
 from star_core.config import square_maps, token_count
 from star_core.model_files import SHIPPED
 from star_core.request import Options, ScaleStep
-from star_core.rope import axial_rope_of_maps
 from star_core.star import load
 from star_core.text_encoder import TextEncoder
 from star_core.training import causal_sampler, decoder, tokenizer, transformer, versions
@@ -36,7 +35,7 @@ from star_core.transformer import TextBlock
 from star_core.weights import TensorFile
 
 SIDES = ["--sides", "1", "2", "4"]
-SMALL = ["--channels", "8", "--multipliers", *"1111", "--codebook", "32", "--code-width", "4"]
+SMALL = ["--channels", "8", "--multipliers", *"111", "--codebook", "32", "--code-width", "4"]
 """A VQ-VAE of eight pixels to a token."""
 
 
@@ -62,7 +61,7 @@ def _no_download(monkeypatch: pytest.MonkeyPatch, distance: nn.Module) -> None:
 def train(stage: ModuleType, run: Path, data: Path, *options: str, steps: int = 4) -> Path:
     parser = argparse.ArgumentParser()
     stage.add_arguments(parser)
-    shared = ["--run", str(run), "--data", str(data), "--size", "32", "--device", "cpu"]
+    shared = ["--run", str(run), "--data", str(data), "--size", "16", "--device", "cpu"]
     shared += ["--steps", str(steps), "--batch", "4", "--save-every", "2"]
     stage.run(parser.parse_args([*shared, *options]))
     return run
@@ -162,14 +161,14 @@ def test_a_run_of_other_sizes_is_refused(data, tokenizer_run, tmp_path):
     train(transformer, tmp_path, data, *options, steps=1)
     with pytest.raises(ValueError, match="was begun with a network of other sizes"):
         train(transformer, tmp_path, data, *options, "--depth", "2", steps=2)
-    small = ["--channels", "8", "--multipliers", "1", "1", "1", "1", "--codebook", "32", "--code-width", "4"]
+    small = ["--channels", "8", "--multipliers", "1", "1", "1", "--codebook", "32", "--code-width", "4"]
     train(tokenizer, tmp_path / "tokens", data, *small, *SIDES, steps=1)
     with pytest.raises(ValueError, match="was begun with --sides 1 2 4"):
         train(tokenizer, tmp_path / "tokens", data, *small, "--sides", "1", "3", "4", steps=2)
 
 
 def test_settled_lessons_keep_pictures_sharp(data, tokenizer_run, read_once):
-    pictures = EmojiSet.load(data, 32)
+    pictures = EmojiSet.load(data, 16)
     vqvae, text = load_vqvae(tokenizer_run / "vqvae.safetensors"), read_once(SHIPPED)
     lessons = Lessons(pictures, vqvae, text, square_maps([1, 2, 4]), torch.device("cpu"), variants=10, seed=3)
     assert lessons.features.shape[:2] == (10, len(pictures.records))
@@ -250,7 +249,7 @@ def teaching(
     vqvae = load_vqvae(tokenizer_run / "vqvae.safetensors")
     maps = square_maps([1, 2, 4])
     device = torch.device("cpu")
-    lessons = Lessons(EmojiSet.load(data, 32), vqvae, read_once(SHIPPED), maps, device)
+    lessons = Lessons(EmojiSet.load(data, 16), vqvae, read_once(SHIPPED), maps, device)
     return causal_sampler.SamplerLessons(networks.transformer, lessons)
 
 
@@ -323,7 +322,7 @@ def test_a_killed_tokenizer_run_ends_as_an_unbroken_one(data, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("sides", "said"),
     [
-        (["1", "2"], "--sides 1 2: of pictures of 32 px, 8 to a token, the last scale has 4"),
+        (["1", "2"], "--sides 1 2: of pictures of 16 px, 4 to a token, the last scale has 4"),
         (["4"], "at least two scales"),
         (["2", "1", "4"], "2, 2.*1, 1"),
     ],
@@ -683,33 +682,14 @@ def test_compiled_blocks_are_trained_on(stage, data, tokenizer_run, transformer_
 
     def traced(block: nn.Module, **how: object) -> None:
         built.append(type(block).__name__)
-        # In one piece, to the graph that a compiler would be given. What comes of it, the next test compares,
-        # of the block that has all layers of the other.
-        original(block, backend="eager", fullgraph=True, **how)
+        # In one piece, to the graph that a compiler would be given. test_dropout.py does it with a text block.
+        if not isinstance(block, TextBlock):
+            original(block, backend="eager", fullgraph=True, **how)
 
     monkeypatch.setattr(nn.Module, "compile", traced)
     run = train(stage, tmp_path, data, *options, "--compile")
     assert built == (["TextBlock"] if stage is transformer else ["TextBlock", "SelfBlock"])
     assert (run / "star.safetensors").exists()
-
-
-def test_a_compiled_block_has_the_gradients_of_the_plain_one():
-    torch.manual_seed(0)
-    block = TextBlock(64, 1, 16)
-    x, hidden = torch.randn(2, 21, 64), torch.randn(2, 16, 16)
-    mask = torch.ones(21, 21, dtype=torch.bool).tril()
-    rotation = axial_rope_of_maps(square_maps([1, 2, 4]), 64, 10000.0, 64.0)
-
-    def gradients() -> list[Tensor]:
-        text = block.text_keys(hidden, torch.ones(2, 16, dtype=torch.bool))
-        loss = block(x, rotation, text, mask=mask).square().mean()
-        return list(torch.autograd.grad(loss, list(block.parameters())))
-
-    plain = gradients()
-    block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-    for ours, theirs in zip(gradients(), plain, strict=True):
-        assert theirs.abs().max() > 0
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_stage_names_the_one_that_must_run_first(data, tmp_path):

@@ -24,7 +24,7 @@ from star_core.weights import TensorFile, save_tensors
 
 STAGES = (tokenizer, transformer, causal_sampler, decoder)
 OPTIONS = {
-    "--tokenizer": "--batch 4 --channels 8 --multipliers 1 1 1 1 --codebook 32 --code-width 4",
+    "--tokenizer": "--batch 4 --channels 8 --multipliers 1 1 1 --codebook 32 --code-width 4",
     "--transformer": "--batch 4 --depth 1 --width 64 --variants 1",
     "--causal-sampler": "--batch 4 --sampler-depth 1 --variants 1",
     "--decoder": "--batch 4 --head-start 1",
@@ -52,7 +52,7 @@ def train_all(
     def run(*options: str) -> str:
         parser = argparse.ArgumentParser()
         all_stages.add_arguments(parser)
-        given = ["--run", str(tmp_path / "run"), "--data", str(data), "--size", "32", "--device", "cpu"]
+        given = ["--run", str(tmp_path / "run"), "--data", str(data), "--size", "16", "--device", "cpu"]
         given += ["--sides", "1", "2", "4", "--minutes", "9", "--name", "mine"]
         for name, text in OPTIONS.items():
             given += [name, text]
@@ -86,7 +86,7 @@ def test_one_command_trains_a_model_that_draws(train_all: Callable, tmp_path: Pa
     assert star.config.name == "mine"
     assert star.config.schedule == "top_k 8; guidance 2"
     assert star.config.transformer.has_sampler
-    assert star.draw(["a thing"], options=Options(seed=1)).shape == (1, 3, 32, 32)
+    assert star.draw(["a thing"], options=Options(seed=1)).shape == (1, 3, 16, 16)
     before = exported(tmp_path)
     ran.clear()
     assert train_all("--schedule", "top_k 8; guidance 2") == said
@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_where_it_was(
     }
     star = load(tmp_path / "run" / "model")
     assert star.config.schedule == "top-k"
-    assert star.draw(["a thing"]).shape == (1, 3, 32, 32)
+    assert star.draw(["a thing"]).shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_a_killed_run_goes_on_where_it_was(
         (["--transformer", "--batch many"], "--transformer: argument --batch"),
         (["--transformer", "--corruption 2"], "--transformer: argument --corruption"),
         (["--sides", "4"], "2 scales or more"),
-        (["--sides", "1", "2", "8"], "--sides 1 2 8: of pictures of 32 px"),
-        (["--size", "16"], "16"),
+        (["--sides", "1", "2", "8"], "--sides 1 2 8: of pictures of 16 px"),
+        (["--size", "8"], "8"),
         (["--tokenizer", "--channels 30"], "30"),
         (["--transformer", "--width 32"], "--width 32: heads have 64 each"),
         (["--decoder", "--batch 20000"], "--decoder: .* pictures do not fill a batch of 20000"),

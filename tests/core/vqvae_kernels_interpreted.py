@@ -21,13 +21,13 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels.py runs this fil
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2**-6}
 """Greatest difference, in deviations of what is expected. The interpreter cuts bfloat16 off."""
 SHAPES = {
-    "five channels a group": ((1, 40, 12, 10), 8),
+    "five channels a group": ((1, 40, 7, 6), 8),
     "ten": ((2, 80, 6, 4), 8),
     "twenty": ((1, 160, 7, 5), 8),
     "more blocks than one": ((1, 160, 20, 16), 32),
-    "two pictures of odd sides": ((2, 40, 9, 7), 8),
+    "two pictures of odd sides": ((2, 40, 5, 7), 8),
     "one position": ((2, 64, 1, 1), 4),
-    "few channels": ((2, 8, 13, 8), 4),
+    "few channels": ((2, 8, 7, 8), 4),
     "twelve channels": ((3, 12, 5, 3), 3),
     "one group": ((1, 160, 5, 8), 1),
     "a group for each": ((2, 16, 6, 6), 16),
@@ -241,7 +241,7 @@ def test_a_bias_much_larger_than_what_it_moves_loses_no_digits_of_the_norm():
 
 # Of bfloat16 the interpreter multiplies the bits.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 16, 6, 5), (1, 160, 3, 4), (1, 48, 2, 131), (2, 32, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 16, 3, 4), (1, 160, 3, 4), (1, 48, 2, 131), (2, 32, 1, 1)], ids=str)
 def test_a_convolution_to_a_few_channels(shape: tuple[int, ...], dtype: torch.dtype):
     x, conv = picture(*shape, dtype=dtype), convolution(shape[1], 3, 3, dtype)
     ours = convolutions.convolved(x, conv)
@@ -319,7 +319,7 @@ def test_wide_heads_attend_as_the_reference_does(
 @torch.no_grad()
 def test_whole_pictures_are_the_reference_s(paired: object, served: list[str]):
     vqvae: VQVAE = paired.vqvae
-    f_hat = normal(6, 2, 8, 5, 3)
+    f_hat = normal(6, 2, 8, 3, 2)
     ours = vqvae.pictures(f_hat)
     features = vqvae.encode(2 * ours - 1)
     assert {"norms.norm_silu", "norms.normalised"} <= set(served)
@@ -345,7 +345,7 @@ def test_channels_stay_last_from_layer_to_layer(paired: object, served: list[str
                     {name: [t.is_contiguous(memory_format=LAYOUT) for t in (*args, out)]}
                 )
             )
-    vqvae.pictures(normal(6, 1, 8, 4, 6))
+    vqvae.pictures(normal(6, 1, 8, 2, 3))
     assert {f"convolutions.{name}" for name in CONVOLUTION_KERNELS} <= set(served)
     assert layouts
     assert all(all(last) for last in layouts.values()), layouts
