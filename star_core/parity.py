@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from .causal_sampler import CausalSampler, sampler_logits, unmask_counts
 from .config import StarConfig, TransformerConfig, VQVAEConfig, square_maps
@@ -33,7 +33,7 @@ from .schedule import ScalePolicy, ScaleSchedule, ramp
 from .text_encoder import TextStates
 from .transformer import Transformer
 from .vqvae import VQVAE
-from .weights import TensorFile
+from .weights import ModuleT, TensorFile, build_on_meta
 
 GREEDY_GUIDANCE = 4.0
 
@@ -102,13 +102,15 @@ def reproducible_value(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.asarray(value, dtype=np.float32))
 
 
-def _reproduce(module: nn.Module, table: KeyTable, prefix: str) -> None:
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            official = table.official(prefix + name)
-            assert official is not None, f"the key table has no official name for {prefix}{name}"
-            parameter.copy_(reproducible_value(official, tuple(parameter.shape)))
-    module.requires_grad_(False).eval()
+def _reproduced(make: Callable[[], ModuleT], table: KeyTable, prefix: str) -> ModuleT:
+    module = build_on_meta(make)
+    state = {}
+    for name, parameter in module.named_parameters():
+        official = table.official(prefix + name)
+        assert official is not None, f"the key table has no official name for {prefix}{name}"
+        state[name] = reproducible_value(official, tuple(parameter.shape))
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,9 @@ def golden_model(metadata: Mapping[str, str], path: Path) -> GoldenModel:
     )
     vqvae_config = VQVAEConfig(base_channels=channels, codebook_size=codebook)
     config = StarConfig("golden", transformer_config, vqvae_config, square_maps(sides), "")
-    transformer = Transformer(transformer_config)
-    sampler = CausalSampler(transformer_config)
-    vqvae = VQVAE(vqvae_config)
-    _reproduce(transformer, STAR_KEYS, "transformer.")
-    _reproduce(sampler, STAR_KEYS, "causal_sampler.")
-    _reproduce(vqvae, VQVAE_KEYS, "")
+    transformer = _reproduced(lambda: Transformer(transformer_config), STAR_KEYS, "transformer.")
+    sampler = _reproduced(lambda: CausalSampler(transformer_config), STAR_KEYS, "causal_sampler.")
+    vqvae = _reproduced(lambda: VQVAE(vqvae_config), VQVAE_KEYS, "")
     return GoldenModel(config, transformer, sampler, vqvae)
 
 

@@ -226,6 +226,13 @@ def build_on_meta(make: Callable[[], ModuleT]) -> ModuleT:
         return make()
 
 
+def build_with(make: Callable[[], ModuleT], state: Mapping[str, Tensor]) -> ModuleT:
+    """Build a module that holds the tensors of a state dict, not copies of them."""
+    module = build_on_meta(make)
+    module.load_state_dict(state, assign=True)
+    return module
+
+
 def official_state(module: nn.Module, table: KeyTable) -> dict[str, Tensor]:
     """Return a module's state dict under the official names."""
     state = {}

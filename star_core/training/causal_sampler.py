@@ -28,6 +28,7 @@ from ..presets import read_schedule, sampler_start
 from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Transformer
+from ..weights import build_with
 from .emoji import EmojiSet
 from .lessons import SETTLED_VARIANTS, Lesson, Lessons, lessons_for, run_folder_file, training_plans
 from .optimizers import descend, muon_and_adamw
@@ -231,11 +232,8 @@ def held_out_loss(teaching: SamplerLessons, sampler: CausalSampler, count: int =
 
 def export(average: Average, config: StarConfig, transformer: Transformer, folder: Path) -> CausalSampler:
     """Write transformer and averaged sampler as one file in float16; return the sampler in float32."""
-    half = Networks(config.transformer)
-    half.transformer.load_state_dict(transformer.state_dict())
-    assert half.causal_sampler is not None, "the configuration has a sampler"
-    half.causal_sampler.load_state_dict(average.state)
-    save_networks(folder / "star.safetensors", config, half.half())
-    sampler = CausalSampler(config.transformer)
-    sampler.load_state_dict(average.state)
-    return sampler
+    both = {f"transformer.{name}": value for name, value in transformer.state_dict().items()}
+    both |= {f"causal_sampler.{name}": value for name, value in average.state.items()}
+    whole = build_with(lambda: Networks(config.transformer), both)
+    save_networks(folder / "star.safetensors", config, whole.half().cpu())
+    return build_with(lambda: CausalSampler(config.transformer), average.state)

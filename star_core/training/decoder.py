@@ -22,7 +22,7 @@ from ..config import VQVAEConfig, square_maps
 from ..evaluation.lpips import LPIPS, load_lpips
 from ..transfer import upload
 from ..vqvae import VQVAE
-from ..weights import read_pickle
+from ..weights import build_with, read_pickle
 from .augmentation import pixel_sources
 from .captions import plain_caption
 from .discriminator import Adversary, FeatureNetwork, adaptive_weight, feature_distance
@@ -332,7 +332,6 @@ def held_out_psnr(
     average: Average, config: VQVAEConfig, tokens: Tensor, real: Tensor, sides: list[int]
 ) -> float:
     """Return the averaged decoder's PSNR in dB on pictures (B, 3, H, W) with these tokens (B, L)."""
-    averaged = VQVAE(config).to(real.device)
-    averaged.load_state_dict(average.state)
+    averaged = build_with(lambda: VQVAE(config), average.state)
     made = decoded(averaged, tokens, sides, nullcontext())
     return psnr(made.clamp(-1, 1), real)

@@ -14,7 +14,7 @@ from ..config import TokenMap, VQVAEConfig, check_maps, square_maps
 from ..evaluation.lpips import load_lpips
 from ..quantizer import Quantized
 from ..vqvae import VQVAE
-from ..weights import save_vqvae
+from ..weights import build_with, save_vqvae
 from .augmentation import augmented
 from .emoji import EmojiSet
 from .optimizers import adamw, descend
@@ -200,8 +200,7 @@ def run(args: argparse.Namespace) -> None:
     def save() -> None:
         export(training.average, config, args.run)
         training.save({"sides": args.sides, "uses": trainer.uses})
-        averaged = VQVAE(config).to(device).eval()
-        averaged.load_state_dict(training.average.state)
+        averaged = build_with(lambda: VQVAE(config), training.average.state)
         drawn = reconstruct(averaged, real, maps)
         log.info("step %d held-out PSNR %.2f dB", training.step, psnr(drawn, real))
 
@@ -228,6 +227,5 @@ def run(args: argparse.Namespace) -> None:
 
 def export(average: Average, config: VQVAEConfig, folder: Path) -> None:
     """Write the averaged weights as `vqvae.safetensors`, in float16."""
-    averaged = VQVAE(config)
-    averaged.load_state_dict(average.state)
-    save_vqvae(folder / "vqvae.safetensors", averaged.half())
+    averaged = build_with(lambda: VQVAE(config), average.state)
+    save_vqvae(folder / "vqvae.safetensors", averaged.half().cpu())

@@ -23,6 +23,7 @@ from ..config import StarConfig, TokenMap, TransformerConfig, VQVAEConfig, squar
 from ..text_encoder import load_text_encoder
 from ..transfer import upload
 from ..transformer import Places, Transformer
+from ..weights import build_with
 from .dropout import Dropout
 from .emoji import EmojiSet
 from .lessons import (
@@ -240,9 +241,7 @@ def run(args: argparse.Namespace) -> None:
 
 def export(average: Average, config: StarConfig, folder: Path) -> Transformer:
     """Write the averaged weights as `star.safetensors` in float16; return them in float32."""
-    networks = Networks(config.transformer)
-    networks.transformer.load_state_dict(average.state)
-    half = Networks(config.transformer)
-    half.transformer.load_state_dict(average.state)
-    save_networks(folder / "star.safetensors", config, half.half())
-    return networks.transformer
+    named = {f"transformer.{name}": value for name, value in average.state.items()}
+    whole = build_with(lambda: Networks(config.transformer), named)
+    save_networks(folder / "star.safetensors", config, whole.half().cpu())
+    return build_with(lambda: Transformer(config.transformer), average.state)
