@@ -6,6 +6,7 @@ the official code under autocast accumulates it in float16 and drifts.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,9 +39,10 @@ def enlarged(codes: Tensor, token_map: TokenMap) -> Tensor:
     """Return codes (B, D, h, w) resized to a token map by bicubic interpolation, (B, D, H, W).
 
     PyTorch's on a GPU has one thread per place for all pictures and channels: products with the interpolation's
-    weights are equal up to rounding, and for hundreds of pictures a hundred times as fast.
+    weights are equal up to rounding, and for hundreds of pictures a hundred times as fast. Other devices may
+    have none (Apple's until PyTorch 2.6); products every one has.
     """
-    if codes.device.type != "cuda":
+    if codes.device.type == "cpu":
         return F.interpolate(codes, size=token_map, mode="bicubic")
     return resized_by_products(codes, token_map, "bicubic")
 
@@ -48,11 +50,11 @@ def enlarged(codes: Tensor, token_map: TokenMap) -> Tensor:
 def averaged(codes: Tensor, token_map: TokenMap) -> Tensor:
     """Return codes (B, D, h, w) averaged over areas down to a token map, (B, D, H, W).
 
-    Apple's GPUs refuse to where a side is not a multiple of the smaller one; products with the shares that
-    places have in an area are equal up to rounding.
+    Apple's GPUs refuse to where a side is not a multiple of the smaller one, and others may; products with the
+    shares that places have in an area are equal up to rounding.
     """
     sides = zip(codes.shape[2:], token_map, strict=True)
-    if codes.device.type != "mps" or all(before % after == 0 for before, after in sides):
+    if codes.device.type in ("cpu", "cuda") or all(before % after == 0 for before, after in sides):
         return F.interpolate(codes, size=token_map, mode="area")
     return resized_by_products(codes, token_map, "area")
 
@@ -67,7 +69,9 @@ def resized_by_products(codes: Tensor, token_map: TokenMap, mode: str) -> Tensor
         resizing_weights(before, after, mode, codes.device)
         for before, after in zip(codes.shape[2:], token_map, strict=True)
     )
-    with torch.autocast(codes.device.type, enabled=False):
+    kind = codes.device.type
+    # Other devices, on which nothing is trained, may know no autocast.
+    with torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else contextlib.nullcontext():
         return down @ (codes.float() @ across.mT)
 
 

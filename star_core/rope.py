@@ -81,8 +81,8 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     pairs = x.float().unflatten(-1, (-1, 2))
     if rotation.cos.ndim == 3:
         rotation = Rotation(rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1))
-    # No complex numbers on this device, no fused code for them by torch.compile.
-    if x.device.type == "mps" or torch.compiler.is_compiling():
+    # Other devices may have no complex numbers (Apple's, DirectML's), torch.compile no fused code for them.
+    if x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
         return _rotate_real(pairs, rotation).flatten(-2)
     turned = torch.view_as_complex(pairs) * torch.complex(rotation.cos, rotation.sin)
     return torch.view_as_real(turned).flatten(-2)

@@ -139,8 +139,8 @@ def _normaliser(x: Tensor, norm: nn.GroupNorm) -> Normaliser:
 
 def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Return the mean and variance (B, G) of each group of channels of x (B, C, h, w)."""
-    # Apple's GPUs have nothing wider.
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    # Other devices may have nothing wider (Apple's, Intel's).
+    wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
     most = max(1, SUMMED // x.shape[3]) if _by_channels(x) else x.shape[2]
     counts, found = [], []
     for rows in x.split(min(_rows(x), most), dim=2):

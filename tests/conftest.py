@@ -11,13 +11,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from star_core import kernels, text_encoder
 from star_core.causal_sampler import CausalSampler
@@ -106,6 +107,33 @@ TEXT_POSITIONS = 7
 
 MAPS: tuple[TokenMap, ...] = ((1, 1), (2, 3), (3, 4), (4, 6))
 """Rectangular on purpose: what mixes up height and width fails here."""
+
+
+class PoorDevice(TorchFunctionMode):
+    """The device "meta" as one of those that have little: Apple's GPUs lack bicubic interpolation until PyTorch
+    2.6 and averages of areas of several sizes, DirectML complex numbers, Intel's and Apple's float64."""
+
+    WIDE = (torch.float64, torch.complex64, torch.complex128)
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        named = kwargs or {}
+        if func is nn.functional.interpolate and args[0].is_meta and not self._interpolates(args[0], **named):
+            raise NotImplementedError(f"interpolate by mode {named['mode']}")
+        found = func(*args, **named)
+        if isinstance(found, Tensor) and found.is_meta and found.dtype in self.WIDE:
+            raise NotImplementedError(f"{func}: {found.dtype}")
+        return found
+
+    def _interpolates(self, x: Tensor, *, mode: str, size: tuple[int, int], **_: object) -> bool:
+        whole = all(before % after == 0 for before, after in zip(x.shape[2:], size, strict=True))
+        return mode != "bicubic" and (mode != "area" or whole)
+
+
+@pytest.fixture(scope="session")
+def poor_device() -> type[PoorDevice]:
+    return PoorDevice
 
 
 def random_weights(module: nn.Module, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from star_core.quantizer import (
     MultiScaleQuantizer,
     Phi,
     averaged,
+    enlarged,
     phi_index,
     resized_by_products,
 )
@@ -120,6 +122,15 @@ def test_averages_by_products_are_those_of_the_areas(token_map: tuple[int, int])
     expected = F.interpolate(codes, size=token_map, mode="area")
     torch.testing.assert_close(resized_by_products(codes, token_map, "area"), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(averaged(codes, token_map), expected)
+
+
+def test_a_device_needs_neither_bicubic_interpolation_nor_averages_over_areas(poor_device: Callable):
+    codes = torch.empty(2, 4, 3, 5, device="meta")
+    with poor_device():
+        assert enlarged(codes, (16, 12)).shape == (2, 4, 16, 12)
+        assert averaged(codes, (2, 2)).shape == (2, 4, 2, 2)
+        with pytest.raises(NotImplementedError, match="interpolate"):
+            F.interpolate(codes, size=(16, 12), mode="bicubic")
 
 
 def test_teacher_inputs_are_the_inputs_of_the_loop(quantizer: MultiScaleQuantizer):

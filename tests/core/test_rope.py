@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -118,11 +119,13 @@ def test_a_rotation_in_bfloat16_is_computed_in_float32():
     torch.testing.assert_close(coarse, exact, atol=0, rtol=0)
 
 
-def test_a_device_without_complex_numbers_rotates_equally():
+def test_a_device_without_complex_numbers_rotates_equally(poor_device: Callable):
     x = torch.randn(2, 3, 20, 64, generator=torch.Generator().manual_seed(3))
     rotation = axial_rope((4, 5), 64, THETA, EXTENT)
     real = _rotate_real(x.unflatten(-1, (-1, 2)), rotation).flatten(-2)
     torch.testing.assert_close(rotate(x, rotation), real, atol=1e-6, rtol=0)
+    with poor_device():
+        assert rotate(x.to("meta"), Rotation(*(part.to("meta") for part in rotation))).shape == x.shape
 
 
 def test_rotations_made_in_inference_mode_can_be_trained_with():
