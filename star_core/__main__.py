@@ -173,13 +173,19 @@ class NobodyReadsError(Exception):
 
 def _say(line: str) -> None:
     try:
-        print(line, flush=True)
+        print(_writable(line), flush=True)
     except BrokenPipeError:
         _give_up_output()
         raise NobodyReadsError from None
     except OSError as error:
         _give_up_output()
         raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def _writable(line: str) -> str:
+    """Return a line with the letters escaped that standard output's encoding lacks, as Windows' often does."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _give_up_output() -> None:

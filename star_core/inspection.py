@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from pathlib import Path
 
 from .config import PRESETS, token_count
@@ -35,7 +34,7 @@ def describe(path: Path | None) -> list[str]:
 
 
 def _to_convert(pickled: Path) -> str:
-    return f"Convert it first: `python -m star_core convert {shlex.quote(str(pickled))} --out FOLDER`"
+    return f'Convert it first: `python -m star_core convert "{pickled}" --out FOLDER`'
 
 
 def _describe_file(file: FileHeader) -> list[str]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .config import TokenMap, maps_for_size
+from .free_memory import free_bytes
 from .memory import decoding_bytes, drawing_bytes
 from .pictures import Recipe, make_folder, save_png, strip, to_images
 from .sample_plan import Job, SamplePlan, pick_device
@@ -25,6 +23,9 @@ if TYPE_CHECKING:
 
 MOST_TOGETHER = 16
 """Pictures drawn together where memory allows and nothing else is asked for."""
+UNKNOWN_FREE = 4 * 10**9
+"""Bytes that are taken to be free where no system says: sixteen pictures of 1024 px would want a hundred times
+what one of 64 px does."""
 SHARE_OF_FREE = 0.9
 """What pictures may take of free memory; the rest is for what is not reckoned, as libraries' work areas."""
 
@@ -101,31 +102,13 @@ def pictures_together(star: Star, maps: Sequence[TokenMap], free: int | None) ->
     free: in bytes, None where it is not known.
     """
     if free is None:
-        return MOST_TOGETHER
+        free = UNKNOWN_FREE
     config, itemsize = star.config, star.transformer.dtype.itemsize
     drawing = drawing_bytes(config.transformer, maps, 1, guided=True, itemsize=itemsize)
     decoding = decoding_bytes(config.vqvae, maps[-1], 1, itemsize=itemsize)
     # What graphs were recorded on stays while pictures are decoded, else it is gone by then.
     picture = max(drawing, decoding) if star.replays is None else drawing + decoding
     return max(1, min(MOST_TOGETHER, int(SHARE_OF_FREE * free) // picture))
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return how much memory is free on a GPU or, for a CPU, in the machine; None where that is not known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device.index)
-        return free
-    return _free_in_the_machine() if device.type == "cpu" else None
-
-
-def _free_in_the_machine() -> int | None:
-    with contextlib.suppress(OSError):
-        meminfo = Path("/proc/meminfo").read_text()
-        if available := re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE):
-            return int(available.group(1)) * 1024
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 def _draw_batch(star: Star, plan: SamplePlan, jobs: Sequence[Job]) -> Iterator[Path]:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from star_core import load
+from star_core import free_memory, load
 from star_core.config import PRESETS
+from star_core.free_memory import free_bytes
 from star_core.memory import decoding_bytes, drawing_bytes
-from star_core.sample import MOST_TOGETHER, SHARE_OF_FREE, free_bytes, pictures_together
+from star_core.sample import MOST_TOGETHER, SHARE_OF_FREE, pictures_together
 from star_core.star import Star
 
 GB = 10**9
@@ -57,12 +58,15 @@ def star_1024(dtype, replays=None):
     return SimpleNamespace(config=config, transformer=SimpleNamespace(dtype=dtype), replays=replays)
 
 
-@pytest.mark.parametrize(
-    ("free", "together"), [(None, MOST_TOGETHER), (0, 1), (8 * GB, 1), (40 * GB, 5), (1000 * GB, 16)]
-)
+@pytest.mark.parametrize(("free", "together"), [(None, 1), (0, 1), (8 * GB, 1), (40 * GB, 5), (1000 * GB, 16)])
 def test_1024_px_pictures_take_gigabytes_each(free, together):
     star = star_1024(torch.float32)
     assert pictures_together(star, star.config.maps, free) == together
+
+
+def test_small_pictures_are_drawn_together_where_no_system_says_what_is_free():
+    star = load()
+    assert pictures_together(star, star.config.maps, None) == MOST_TOGETHER
 
 
 def test_half_precision_makes_room_and_graphs_take_it():
@@ -72,18 +76,38 @@ def test_half_precision_makes_room_and_graphs_take_it():
     assert pictures_together(star_1024(torch.bfloat16, object()), maps, 40 * GB) < half
 
 
-def test_free_memory_is_known_where_it_can_be(monkeypatch):
+def test_free_memory_is_known_where_it_can_be(monkeypatch, tmp_path):
     cpu = torch.device("cpu")
     free = free_bytes(cpu)
     assert free is None or 10**7 < free < 10**14
     assert free_bytes(torch.device("mps")) is None
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (4 + index, 9))
     assert free_bytes(torch.device("cuda", 1)) == 5
-    monkeypatch.setattr("star_core.sample.Path", lambda place: SimpleNamespace(read_text=lambda: "Odd: 3"))
+    monkeypatch.setattr(free_memory, "CONTAINERS", ())
+    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable:   3 kB\n")
+    assert free_bytes(cpu) == 3 * 1024
+    (tmp_path / "meminfo").write_text("Odd: 3")
     monkeypatch.setattr("os.sysconf", {"SC_AVPHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}.__getitem__, raising=False)
     assert free_bytes(cpu) == 7 * 4096
     monkeypatch.delattr("os.sysconf")
     assert free_bytes(cpu) is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"), [("5000", 3300), ("1500", 0), ("max", 10 * 1024), (None, 10 * 1024)]
+)
+def test_a_container_may_take_less_than_the_machine_has(limit, free, monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemAvailable: 10 kB\n")
+    (tmp_path / "now").write_text("2000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 300\nactive_file 9\n")
+    if limit is not None:
+        (tmp_path / "most").write_text(f"{limit}\n")
+    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(
+        free_memory, "CONTAINERS", ((tmp_path / "none", "most", "now"), (tmp_path, "most", "now"))
+    )
+    assert free_bytes(torch.device("cpu")) == free
 
 
 def test_an_untrained_size_is_warned_of_once(sample, tmp_path, caplog):

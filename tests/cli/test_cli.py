@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -325,7 +326,7 @@ def test_inspect_sends_a_pickle_to_convert(tmp_path, capsys):
         assert main(["inspect", str(place)]) == 2
         error = capsys.readouterr().err
         assert str(place) in error
-        assert f"python -m star_core convert '{pickled}' --out FOLDER" in error
+        assert f'python -m star_core convert "{pickled}" --out FOLDER' in error
     pickled.unlink()
     assert main(["inspect", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"star_core: {tmp_path}: no safetensors file in it\n"
@@ -396,6 +397,16 @@ def test_output_that_nobody_reads_any_more_ends_in_silence(unbuffered):
     finally:
         os.close(write)
     assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_what_standard_output_s_encoding_lacks_is_escaped(sample, tmp_path, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    folder = tmp_path / "\u56fe"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        assert sample("cat", "--count", 2, "--batch", 2, "--folder", folder)[0] == 0
+    assert output.buffer.getvalue().count(b"\\u56fe") == 2
+    assert len(list(folder.iterdir())) == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell's redirection")
