@@ -66,7 +66,7 @@ class StarVQDecode(io.ComfyNode):
     def execute(
         cls, vqvae: sockets.VQVAEHandle, tokens: sockets.TokensRecord, last_scale: int, tiled: bool
     ) -> io.NodeOutput:
-        if last_scale > len(tokens.steps):
+        if not 0 <= last_scale <= len(tokens.steps):  # a link may bring anything
             raise ValueError(
                 f"last_scale is {last_scale}, but there are {len(tokens.steps)} scales: 0 shows all"
             )

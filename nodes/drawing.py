@@ -21,15 +21,19 @@ PREVIEWS = ["auto", "every scale", "off"]
 
 
 def draw(
-    model: sockets.ModelHandle, request: Request, preview: str, node_id: str | None
+    model: sockets.ModelHandle, request: Request, preview: str, node_id: str | None, note: str = ""
 ) -> tuple[ScaleStep, ...]:
-    """Return every scale of a request on the CPU, drawing only those that the node's last run did not leave."""
+    """Return every scale of a request on the CPU, drawing only those that the node's last run did not leave.
+
+    note: what the node says beside its progress.
+    """
     import torch
 
     from ..star_core.generate import generate
 
     previews = _Previews(model.vqvae.patcher.model, preview)
-    note = "" if request.maps == model.config.maps else " · untrained size"
+    if request.maps != model.config.maps:
+        note += " · untrained size"
     progress = host.Progress(len(request.maps), node_id, note)
     last = model.runs.of(node_id)
     known = _remembered(last, request)
@@ -37,7 +41,8 @@ def draw(
         if previews.always:
             _show(model, known, previews, progress)
         return known
-    last.request, last.steps = None, ()
+    # What is known is this request's too, whatever ends the loop before it has come so far again.
+    last.request, last.steps = request, known
     steps: list[ScaleStep] = []
     patchers = [model.patcher, model.vqvae.patcher]
     device = host.load(patchers, _memory(model, request, previews=previews.ever))
@@ -54,7 +59,7 @@ def draw(
         # Closing the generator lets go of the KV cache, whatever ended the loop. The finished scales are
         # good in any case: after Cancel or a full memory the next run goes on from them.
         run.close()
-        last.request, last.steps = request, tuple(steps)
+        last.steps = max(known, tuple(steps), key=len)
         model.runs.make_room()
     return tuple(steps)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.v0_0_2 import io
 
@@ -26,6 +26,7 @@ WIDE_FONTS = (
     "DejaVuSans.ttf",
     "arial.ttf",
 )
+NO_LETTER = "\U0010ffff"
 GAP = 8
 LINE = 1.4
 """Height of a line of text relative to its size."""
@@ -101,15 +102,29 @@ def lay_out(pictures: list[Image], labels: list[str], columns: int) -> Image:
 
 
 def _font(text: str, size: int) -> object:
-    """Return PIL's own font, or for letters that it lacks a system's, where one of the usual ones is there."""
+    """Return PIL's own font, or where it lacks letters the system's usual one that lacks the fewest."""
     from PIL import ImageFont
 
-    for name in () if text.isascii() else WIDE_FONTS:
+    font = ImageFont.load_default(size)
+    lacking = _lacking(text, font)
+    for name in WIDE_FONTS:
+        if not lacking:
+            break
         with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    if not text.isascii():
-        log.warning("Labelled Grid: no font for these labels among %s", ", ".join(WIDE_FONTS))
-    return ImageFont.load_default(size)
+            other = ImageFont.truetype(name, size)
+            if len(less := _lacking(text, other)) < len(lacking):
+                font, lacking = other, less
+    if lacking:
+        letters, fonts = "".join(sorted(lacking)), ", ".join(WIDE_FONTS)
+        log.warning("Labelled Grid: no font here has the letters %.40s; one of %s would", letters, fonts)
+    return font
+
+
+def _lacking(text: str, font: Any) -> set[str]:
+    """Return the letters beyond ASCII that a font draws as it draws what is no letter at all."""
+    nothing = bytes(font.getmask(NO_LETTER))
+    wide = {letter for letter in text if not letter.isascii() and letter.isprintable()}
+    return {letter for letter in wide if bytes(font.getmask(letter)) == nothing}
 
 
 def _broken(label: str, font: object, width: int) -> list[str]:

@@ -124,10 +124,10 @@ def transformer_dtype(precision: str, parameters: int) -> torch.dtype:
     device = mm.get_torch_device()
     supported = [torch.bfloat16, torch.float16, torch.float32]
     dtype: torch.dtype = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported)
-    if dtype not in supported:
-        return torch.float32
-    # Weights and activations share a dtype here: where the device cannot compute in it, take the other.
-    return mm.unet_manual_cast(dtype, device, supported) or dtype
+    # Weights and activations share a dtype here: where the device cannot compute in it (or the user has ComfyUI
+    # keep weights in 8 bits), take what it would compute in.
+    cast = mm.unet_manual_cast(dtype, device, supported)
+    return cast or (dtype if dtype in supported else torch.float32)
 
 
 def vqvae_dtype() -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from . import sockets
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from ..star_core.config import StarConfig, TokenMap
     from ..star_core.request import KeptTokens, PromptSpan, Request, ScaleStep
     from ..star_core.schedule_parts import SamplerPart
+
+log = logging.getLogger(__name__)
 
 
 def maps_for(
@@ -122,7 +125,7 @@ def _start_steps(
             what = f"start_scale is {scale}" if scale else "a mask is connected"
             raise ValueError(f'{what}, but there are no start_tokens: connect "VQ Encode", or another sample')
         return ()
-    if scale > len(maps):
+    if not 0 <= scale <= len(maps):  # ComfyUI checks the limits of a widget, not what a link brings
         raise ValueError(f"start_scale is {scale}, but {model.config.name} has {len(maps)} scales")
     if tokens.maps != maps:
         raise ValueError(
@@ -152,3 +155,20 @@ def _kept(steps: tuple[ScaleStep, ...], mask: Tensor | None, batch: int) -> Kept
     if len(masks) not in (1, batch):
         raise ValueError(f"{len(masks)} masks for a batch of {batch} pictures: give one, or {batch}")
     return keep_outside(steps, masks.expand(batch, -1, -1))
+
+
+def mask_note(model: sockets.ModelHandle, request: Request, mask: Tensor) -> str:
+    """Return what a node says of a mask that may not be what was meant, "" of any other."""
+    if request.kept is not None and bool(request.kept.masks[-1].all()):
+        return " · the mask is black: nothing is drawn anew"
+    height, width = mask.shape[-2:]
+    rows, columns = request.maps[-1]
+    wider = width * rows / (height * columns)
+    # A picture that was cropped to its shape lost so many tokens' places on each side, its mask has them still.
+    lost = (1 - min(wider, 1 / wider)) / 2 * (columns if wider > 1 else rows)
+    if lost <= 1 or bool((mask == mask.flatten()[0]).all()):
+        return ""
+    step = model.config.vqvae.downsample
+    sizes = f"mask of {width}x{height} stretched over {columns * step}x{rows * step}"
+    log.warning("Scale-wise Sample: %s. Where the picture was cropped, crop its mask alike", sizes)
+    return f" · ⚠ {sizes}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.v0_0_2 import io
 
 from . import drawing, host, sockets
-from .requests import maps_for, request_for
+from .requests import maps_for, mask_note, request_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +130,8 @@ class StarSample(io.ComfyNode):
                     tooltip=(
                         "White is drawn anew, black keeps the start tokens at every scale. A token is drawn"
                         " anew where at least half of its cell is white. Any size: the mask is stretched over"
-                        " the picture. One mask serves the whole batch."
+                        " the picture, so crop it where the picture was cropped. One mask serves the whole"
+                        " batch."
                     ),
                 ),
             ],
@@ -171,5 +172,6 @@ class StarSample(io.ComfyNode):
         prompts = (positive, negative)
         start = (start_tokens, start_scale, mask)
         request = request_for(model, maps, prompts, (schedule, sampler), seed, batch_size, start)
-        steps = drawing.draw(model, request, preview, cls.hidden.unique_id)
+        note = "" if mask is None else mask_note(model, request, mask)
+        steps = drawing.draw(model, request, preview, cls.hidden.unique_id, note)
         return io.NodeOutput(sockets.TokensRecord(maps, steps, model.config.vqvae))

@@ -38,7 +38,8 @@ class StarVQEncode(io.ComfyNode):
                     tooltip=(
                         "One or more pictures of a size that the model draws; other sizes are refused with"
                         " the list."
-                        ' Use core\'s "Upscale Image" with crop center before it.'
+                        ' Use core\'s "Upscale Image" with crop center before it; a mask for it needs'
+                        " the same crop."
                     ),
                 ),
             ],
@@ -81,6 +82,6 @@ def _maps(config: StarConfig, image: Tensor) -> tuple[tuple[int, int], ...]:
     except ValueError as error:
         raise ValueError(
             f'the image has {width}x{height} pixels. {error}. Resize it first, with core\'s "Upscale Image"'
-            " (ImageScale) and crop center"
+            " (ImageScale) and crop center, and a mask for it alike"
         ) from error
     return maps

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from .config import TokenMap
+from .quantizer import averaged
 from .request import KeptTokens, ScaleStep
 
 REDRAWN_SHARE = 0.5
@@ -23,20 +23,26 @@ def keep_outside(steps: Sequence[ScaleStep], redraw: Tensor) -> KeptTokens:
     """Return what a mask (B, H, W) keeps of a picture's scales: 1 is drawn anew, 0 stays.
 
     The mask may have any size; it is laid over the whole picture and averaged over each token's cell.
-    Raises ValueError for scales drawn smooth, whose tokens do not hold the picture that is to stay.
+    Raises ValueError for scales drawn smooth, whose tokens do not hold the picture that is to stay, and for a
+    mask whose white is too thin for any token.
     """
     if any(step.soft for step in steps):
         raise ValueError(
             "the picture to keep was drawn smooth: it is a mixture that its tokens do not hold. Decode it and"
             " encode the picture (VQ Decode, VQ Encode), or draw it without smooth"
         )
-    return KeptTokens(
-        tuple(step.tokens for step in steps),
-        tuple(_kept(redraw, step.token_map) for step in steps),
-    )
+    masks = tuple(_kept(redraw, step.token_map) for step in steps)
+    white = (redraw >= REDRAWN_SHARE).flatten(1).any(dim=1)
+    if (white.to(masks[-1].device) & masks[-1].all(dim=1)).any():
+        height, width = steps[-1].token_map
+        raise ValueError(
+            "the white of the mask is too thin: it covers half of no token's cell, even at the last scale of"
+            f" {width}x{height} tokens, and nothing would be drawn anew. Paint it wider, or grow it"
+        )
+    return KeptTokens(tuple(step.tokens for step in steps), masks)
 
 
 def _kept(redraw: Tensor, token_map: TokenMap) -> Tensor:
     """Return where tokens of a map stay, (B, h * w) bool."""
-    share = F.interpolate(rearrange(redraw.float(), "b h w -> b 1 h w"), size=token_map, mode="area")
+    share = averaged(rearrange(redraw.float(), "b h w -> b 1 h w"), token_map)
     return rearrange(share, "b 1 h w -> b (h w)") < REDRAWN_SHARE

@@ -91,6 +91,13 @@ class Words:
 
     def _all_ids(self, prompt: str) -> list[int]:
         """Return the ids of a whole prompt between those of its start and its end."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the prompt {prompt!r:.80} holds half a character at its place {error.start + 1}, as a text"
+                " that was cut within an emoji does: write it anew"
+            ) from None
         return list(self.tokenizer(prompt, verbose=False)["input_ids"])
 
     def _token_ids(self, prompt: str) -> list[int]:

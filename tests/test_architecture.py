@@ -26,7 +26,7 @@ ALLOWED = {
     "memory": {"config"},
     "tiles": {"config", "vqvae"},
     "prompts": {"request", "text_encoder"},
-    "inpainting": {"config", "request"},
+    "inpainting": {"config", "quantizer", "request"},
     "resume": {"request", "schedule"},
     "pruning": {"config"},
     "slices": set(),

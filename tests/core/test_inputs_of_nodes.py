@@ -171,6 +171,17 @@ def test_a_mask_keeps_the_cells_that_are_less_than_half_white(paired, ask, make_
     assert last[1].all()
 
 
+def test_a_mask_with_white_that_redraws_nothing_is_refused(paired, ask, make_schedule):
+    steps = paired.run(ask([1, 2], make_schedule("plain")))
+    redraw = torch.zeros(2, 16, 24)
+    redraw[1, 3:5] = 1  # half of no cell: of four rows, one in each of two
+    with pytest.raises(ValueError, match=r"half of no token's cell.*6x4 tokens.*grow it"):
+        keep_outside(steps, redraw)
+    redraw[1, 2] = 1
+    assert not keep_outside(steps, redraw).masks[-1][1].all()
+    assert keep_outside(steps, 0.4 * redraw).masks[-1].all(), "grey is no white"
+
+
 def test_one_tile_is_the_whole_picture_and_several_come_near_it(paired):
     generator = torch.Generator().manual_seed(3)
     # Smooth, as f_hats are: what differs between a tile and the whole is the normalisation.

@@ -383,6 +383,13 @@ def test_a_configuration_may_begin_with_a_mark_of_its_bytes_order(folder, encode
     assert equal(encoder.encode(PROMPTS), load_text_encoder(folder).encode(PROMPTS))
 
 
+def test_half_a_character_in_a_prompt_is_refused(encoder):
+    words = encoder.words
+    for ask in (lambda text: encoder.encode(["whole", text]), words.measure):
+        with pytest.raises(ValueError, match=r"half a character at its place 3.*write it anew"):
+            ask("a \ud83d car")
+
+
 def test_the_vocabulary_follows_the_order_of_bytes_and_merges(tokenizer):
     ids = vocabulary(MERGES)
     # The first and last ids of CLIP's own vocabulary, whatever merges stand between.

@@ -108,6 +108,13 @@ class Text:
         return (text,)
 
 
+class Number(Text):
+    """A node that gives a whole number over a link, where ComfyUI checks no limits."""
+
+    def give(self, text):
+        return (int(text),)
+
+
 class Conditioning:
     """What core's text encoder gives, without its model."""
 
@@ -159,6 +166,7 @@ assert asyncio.run(load()), "ComfyUI did not load the pack"
 nodes.NODE_CLASS_MAPPINGS["TestProbe"] = Probe
 nodes.NODE_CLASS_MAPPINGS["TestSource"] = Source
 nodes.NODE_CLASS_MAPPINGS["TestText"] = Text
+nodes.NODE_CLASS_MAPPINGS["TestNumber"] = Number
 nodes.NODE_CLASS_MAPPINGS["TestConditioning"] = Conditioning
 sys.modules["server"] = Module
 SERVER = Module.PromptServer.instance
@@ -403,6 +411,49 @@ def multiplied(request):
     return {"seen": seen, "made": [str(rows.dtype), str(picture.dtype)]}
 
 
+def dtype_with_8_bit_weights(_):
+    """Return in what a transformer is loaded by `auto` where the user has ComfyUI keep weights in 8 bits, on a
+    device that computes in bfloat16."""
+    args.fp8_e4m3fn_unet = True
+    before, mm.should_use_bf16 = mm.should_use_bf16, lambda *_, **__: True
+    try:
+        return {"dtype": str(part("nodes.host").transformer_dtype("auto", 10**9))}
+    finally:
+        args.fp8_e4m3fn_unet, mm.should_use_bf16 = False, before
+
+
+class Font:
+    """A font that has some letters, and draws all others alike."""
+
+    def __init__(self, name, letters):
+        self.name, self.letters = name, letters
+
+    def getmask(self, letter):
+        return b"drawn " + letter.encode() if letter in self.letters else b"box"
+
+
+def font_of(request):
+    """Return which of some fonts, by the letters they have, labels are written in."""
+    from PIL import ImageFont
+
+    grid, fonts = part("nodes.grid"), request["fonts"]
+    originals = ImageFont.load_default, ImageFont.truetype, grid.WIDE_FONTS, grid.log.warning
+    said = []
+
+    def truetype(name, size):
+        if name not in fonts:
+            raise OSError("cannot open resource")
+        return Font(name, fonts[name])
+
+    ImageFont.load_default = lambda size: Font("own", "é")
+    ImageFont.truetype, grid.WIDE_FONTS = truetype, ("none", *fonts)
+    grid.log.warning = lambda line, *rest: said.append(line % rest)
+    try:
+        return {"font": grid._font(request["text"], 20).name, "said": said}
+    finally:
+        ImageFont.load_default, ImageFont.truetype, grid.WIDE_FONTS, grid.log.warning = originals
+
+
 def version(_):
     return {"version": comfyui_version.__version__}
 
@@ -414,6 +465,8 @@ DEEDS = {
     "answer": answer,
     "build_lazily": build_lazily,
     "multiplied": multiplied,
+    "dtype_with_8_bit_weights": dtype_with_8_bit_weights,
+    "font_of": font_of,
     "version": version,
 }
 

@@ -154,9 +154,24 @@ def test_a_mask_of_another_size_is_stretched_over_the_picture(comfy, prompt):
     assert one.tokens("painted") == other.tokens("painted")
 
 
-def test_a_black_mask_gives_the_start_picture_back(comfy, prompt):
+def test_a_black_mask_gives_the_start_picture_back_and_the_node_says_so(comfy, prompt):
     ran = inpainted(comfy, prompt, np.zeros((1, 64, 64)))
     assert ran.tokens("painted") == ran.tokens()
+    assert any(node == "again" and "nothing is drawn anew" in text for node, text in ran.texts)
+
+
+def test_a_mask_of_another_shape_than_the_picture_s_is_told_of(comfy, prompt):
+    def told(mask, start_scale=0):
+        # From another scale on, so that nothing of the run before serves: nothing drawn, nothing said.
+        ran = inpainted(comfy, prompt, mask, start_scale=start_scale)
+        assert len(ran.tokens("painted")) == 6
+        return {text.partition(" · ")[2].partition(" · ")[2] for node, text in ran.texts if node == "again"}
+
+    mask = np.zeros((1, 64, 96))
+    mask[:, :, 48:] = 1
+    assert told(mask) == {"⚠ mask of 96x64 stretched over 64x64"}
+    assert told(mask[:, :, 14:86], 1) == {""}, "less than a token's width"
+    assert told(np.ones((1, 64, 96)), 2) == {""}, "the same everywhere"
 
 
 def test_a_picture_is_encoded_to_the_engine_s_tokens_and_decoded_near_itself(comfy, empty_prompt, star):
@@ -210,6 +225,27 @@ def test_a_grid_lays_pictures_out_with_a_label_under_each(comfy, empty_prompt):
     assert under.min() < 0.5, "the first label is not there"
     bare = comfy.run(graph.change("grid", labels="")).array()
     assert (bare[0].sum(-1) < 0.5).sum() == 0, "there is text without a label"
+
+
+@pytest.mark.parametrize(
+    ("text", "font", "said"),
+    [
+        ("red", "own", ""),
+        ("é", "own", ""),
+        ("红车", "wide", ""),
+        ("é红車", "wide", "the letters 車;"),
+        ("🚗", "own", "the letters 🚗;"),
+    ],
+)
+def test_labels_are_written_in_a_font_that_has_their_letters(comfy, text, font, said):
+    chosen = comfy.ask("font_of", text=text, fonts={"narrow": "éж", "wide": "é红车"})
+    assert chosen["font"] == font
+    assert len(chosen["said"]) == bool(said)
+    assert all(said in line for line in chosen["said"])
+
+
+def test_where_weights_are_kept_in_8_bits_auto_is_what_the_device_computes_in(comfy):
+    assert comfy.ask("dtype_with_8_bit_weights") == {"dtype": "torch.bfloat16"}
 
 
 def test_a_label_without_spaces_goes_on_in_the_next_line(comfy, empty_prompt):

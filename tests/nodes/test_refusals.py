@@ -255,6 +255,31 @@ def test_a_mask_over_a_picture_that_was_drawn_smooth_is_refused(comfy, prompt):
     refused(comfy.run(graph.change("again", mask=["mask", 0])), "drawn smooth", "VQ Encode")
 
 
+def test_a_mask_too_thin_for_any_token_is_refused(comfy, prompt):
+    thin = np.zeros((1, 64, 64))
+    thin[:, 30:32] = 1
+    graph = prompt().add("mask", "TestSource", path=comfy.array(thin[:, 1:], "thin"))
+    graph.add("again", "StarSample", model=["load", 0], positive=["text", 0], start_tokens=["sample", 0])
+    graph = graph.change("again", mask=["mask", 0]).probe("again", name="varied")
+    refused(comfy.run(graph), "too thin", "16x16 tokens", "grow it")
+
+
+def test_numbers_below_0_that_come_over_a_link_are_refused(comfy, prompt):
+    graph = prompt().add("less", "TestNumber", text="-1")
+    graph.add("again", "StarSample", model=["load", 0], positive=["text", 0], start_tokens=["sample", 0])
+    refused(
+        comfy.run(graph.change("again", start_scale=["less", 0]).probe("again", name="varied")),
+        "start_scale is -1",
+        "6 scales",
+    )
+    graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0], last_scale=["less", 0])
+    refused(comfy.run(graph.probe("decode", name="shown")), "last_scale is -1", "6 scales")
+
+
+def test_half_an_emoji_in_a_prompt_is_refused(comfy, prompt):
+    refused(comfy.run(prompt(text="a red \ud83d car")), "half a character at its place 7", "\\ud83d")
+
+
 def test_scales_beyond_the_model_s_are_refused(comfy, prompt):
     graph = prompt().add(
         "both", "StarPromptFromScale", conditioning=["text", 0], later=["text", 0], start_scale=7

@@ -103,6 +103,15 @@ def test_a_cancelled_run_goes_on_where_it_stopped(comfy, prompt):
     assert comfy.run(prompt(seed=420)).count["drawn"] == 2
 
 
+def test_a_run_that_is_cancelled_while_it_reads_what_is_known_loses_none_of_it(comfy, prompt):
+    graph = prompt(seed=430).add("schedule", "StarScaleSchedule", schedule="top_k 20*6")
+    graph = graph.change("sample", schedule=["schedule", 0])
+    comfy.run(graph)
+    graph = graph.change("schedule", schedule="top_k 20*5 3")
+    assert comfy.run(graph, faults={"interrupt_at_block": 3}).interrupted
+    assert comfy.run(graph).count["drawn"] == 1
+
+
 def test_each_node_goes_on_from_its_own_last_run(comfy, prompt):
     graph = prompt(seed=440).add("schedule", "StarScaleSchedule", schedule="top_k 20*6")
     graph = graph.change("sample", schedule=["schedule", 0])
