@@ -41,7 +41,7 @@ def draw(
         if previews.always:
             _show(model, known, previews, progress)
         return known
-    # What is known is this request's too, whatever ends the loop before it has come so far again.
+    # Known scales count as this request's from now on: a run that ends early must not lose them.
     last.request, last.steps = request, known
     steps: list[ScaleStep] = []
     patchers = [model.patcher, model.vqvae.patcher]

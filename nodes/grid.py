@@ -70,6 +70,8 @@ class StarLabelledGrid(io.ComfyNode):
         from ..star_core.pictures import from_image, to_images
 
         lines = labels.rstrip("\n").split("\n")
+        if columns < 0:
+            raise ValueError(f"columns is {columns}: give how many pictures stand in a row, or 0")
         if len(lines) > len(images):
             raise ValueError(f"{len(lines)} labels for {len(images)} pictures: write one line per picture")
         pictures = to_images(images[..., :3].movedim(-1, 1))
@@ -116,7 +118,9 @@ def _font(text: str, size: int) -> object:
                 font, lacking = other, less
     if lacking:
         letters, fonts = "".join(sorted(lacking)), ", ".join(WIDE_FONTS)
-        log.warning("Labelled Grid: no font here has the letters %.40s; one of %s would", letters, fonts)
+        log.warning(
+            "Labelled Grid: boxes stand for %.40s: none of these fonts is here and has all: %s", letters, fonts
+        )
     return font
 
 

@@ -56,6 +56,8 @@ class StarPromptFromScale(io.ComfyNode):
     def execute(cls, conditioning: list[Any], later: list[Any], start_scale: int) -> io.NodeOutput:
         from ..star_core.prompts import switch
 
+        if start_scale < 1:
+            raise ValueError(f"start_scale is {start_scale}: scales are counted from 1")
         before = sockets.prompt_of(conditioning, "conditioning")
         after = sockets.prompt_of(later, "later")
         timeline = switch(before.timeline, after.timeline, start_scale - 1)

@@ -159,12 +159,16 @@ def _kept(steps: tuple[ScaleStep, ...], mask: Tensor | None, batch: int) -> Kept
 
 def mask_note(model: sockets.ModelHandle, request: Request, mask: Tensor) -> str:
     """Return what a node says of a mask that may not be what was meant, "" of any other."""
-    if request.kept is not None and bool(request.kept.masks[-1].all()):
-        return " · the mask is black: nothing is drawn anew"
+    assert request.kept is not None, "a mask keeps something"
+    idle = int(request.kept.masks[-1].all(dim=1).sum())
+    if idle == len(request.seeds):
+        return " · no token's cell is half white: nothing is drawn anew"
+    if idle:
+        return f" · ⚠ the masks of {idle} of {len(request.seeds)} pictures have nothing drawn anew"
     height, width = mask.shape[-2:]
     rows, columns = request.maps[-1]
     wider = width * rows / (height * columns)
-    # A picture that was cropped to its shape lost so many tokens' places on each side, its mask has them still.
+    # How many of the stretched mask's cells lie, on each side, outside of a picture that was cropped.
     lost = (1 - min(wider, 1 / wider)) / 2 * (columns if wider > 1 else rows)
     if lost <= 1 or bool((mask == mask.flatten()[0]).all()):
         return ""

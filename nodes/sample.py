@@ -130,8 +130,8 @@ class StarSample(io.ComfyNode):
                     tooltip=(
                         "White is drawn anew, black keeps the start tokens at every scale. A token is drawn"
                         " anew where at least half of its cell is white. Any size: the mask is stretched over"
-                        " the picture, so crop it where the picture was cropped. One mask serves the whole"
-                        " batch."
+                        " the picture; if the picture was cropped, crop the mask alike. One mask serves the"
+                        " whole batch."
                     ),
                 ),
             ],

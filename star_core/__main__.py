@@ -81,7 +81,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         type=int,
-        help="pictures drawn together (default: 16, or as many as free memory holds); float32 pictures do not"
+        help="pictures drawn together (default: 16, or as many as free memory holds; it is"
+        " taken to be 4 GB where the system does not say); float32 pictures do not"
         " depend on it",
     )
     parser.add_argument("--schedule", help="preset name, schedule text, or a file with one")
@@ -185,7 +186,9 @@ def _say(line: str) -> None:
 def _writable(line: str) -> str:
     """Return a line with the letters escaped that standard output's encoding lacks, as Windows' often does."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return line.encode(encoding, "backslashreplace").decode(encoding)
+    # Another way with errors is the user's or the system's: in containers names are written as they are.
+    errors = getattr(sys.stdout, "errors", None) or "strict"
+    return line.encode(encoding, "backslashreplace").decode(encoding) if errors == "strict" else line
 
 
 def _give_up_output() -> None:

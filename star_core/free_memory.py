@@ -39,10 +39,11 @@ def _free_in_the_machine() -> int | None:
 
 def _left_in_the_container() -> int | None:
     for folder, most, taken in CONTAINERS:
-        # Without a limit there is no such file, or no number in it.
+        # Without a limit there is no such file, no number in it, or one beyond any machine.
         with contextlib.suppress(OSError, ValueError):
             left = int((folder / most).read_text()) - int((folder / taken).read_text())
             # Files that were read and may be dropped count as taken.
-            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-            return max(0, left + int(cached.group(1) if cached else 0))
+            stat = (folder / "memory.stat").read_text()
+            cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
+            return max(0, left + max(map(int, cached), default=0))
     return None

@@ -24,7 +24,7 @@ def keep_outside(steps: Sequence[ScaleStep], redraw: Tensor) -> KeptTokens:
 
     The mask may have any size; it is laid over the whole picture and averaged over each token's cell.
     Raises ValueError for scales drawn smooth, whose tokens do not hold the picture that is to stay, and for a
-    mask whose white is too thin for any token.
+    mask whose white is too thin for any token of any picture.
     """
     if any(step.soft for step in steps):
         raise ValueError(
@@ -33,10 +33,10 @@ def keep_outside(steps: Sequence[ScaleStep], redraw: Tensor) -> KeptTokens:
         )
     masks = tuple(_kept(redraw, step.token_map) for step in steps)
     white = (redraw >= REDRAWN_SHARE).flatten(1).any(dim=1)
-    if (white.to(masks[-1].device) & masks[-1].all(dim=1)).any():
+    if masks[-1].all() and white.any():
         height, width = steps[-1].token_map
         raise ValueError(
-            "the white of the mask is too thin: it covers half of no token's cell, even at the last scale of"
+            "the mask's white is too thin: it covers half of no token's cell, even at the last scale of"
             f" {width}x{height} tokens, and nothing would be drawn anew. Paint it wider, or grow it"
         )
     return KeptTokens(tuple(step.tokens for step in steps), masks)

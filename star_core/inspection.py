@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from .config import PRESETS, token_count
-from .model_files import SHIPPED
+from .model_files import SHIPPED, quoted
 from .schedule import sides_text
 from .stored import METADATA_KEY, FileHeader, resolve_config, stored_vqvae_config, transformer_facts
 
@@ -34,7 +34,7 @@ def describe(path: Path | None) -> list[str]:
 
 
 def _to_convert(pickled: Path) -> str:
-    return f'Convert it first: `python -m star_core convert "{pickled}" --out FOLDER`'
+    return f"Convert it first: `python -m star_core convert {quoted(pickled)} --out FOLDER`"
 
 
 def _describe_file(file: FileHeader) -> list[str]:

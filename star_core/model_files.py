@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,11 @@ VQVAE_FILE = "vqvae.safetensors"
 TEXT_FOLDER = "text_encoder"
 TEXT_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """What a folder that transformers has written holds."""
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a command line takes it: Windows' knows no single quotes."""
+    return f'"{path}"' if os.name == "nt" else shlex.quote(str(path))
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 MOST_TOGETHER = 16
 """Pictures drawn together where memory allows and nothing else is asked for."""
 UNKNOWN_FREE = 4 * 10**9
-"""Bytes that are taken to be free where no system says: sixteen pictures of 1024 px would want a hundred times
-what one of 64 px does."""
+"""Bytes taken to be free where no system says: a picture of 1024 px takes more than a hundred of 64 px."""
 SHARE_OF_FREE = 0.9
 """What pictures may take of free memory; the rest is for what is not reckoned, as libraries' work areas."""
 

@@ -95,8 +95,8 @@ class Words:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"the prompt {prompt!r:.80} holds half a character at its place {error.start + 1}, as a text"
-                " that was cut within an emoji does: write it anew"
+                f"the prompt {prompt!r:.80} holds half a character (as a text cut within an emoji does) or a"
+                f" byte that is no UTF-8 at its place {error.start + 1}: write it anew"
             ) from None
         return list(self.tokenizer(prompt, verbose=False)["input_ids"])
 

@@ -61,11 +61,17 @@ LONGEST = (
 """Files that begin first, so that none is left for the end, when the other processes have nothing to do."""
 
 
+def group_of(nodeid: str) -> str:
+    """Return what a test runs in one process with."""
+    file = nodeid.partition("::")[0]
+    return file if set(SHARING).isdisjoint(Path(file).parts) else "sharing"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Bring the longest files to the front where processes share the tests."""
+    """Bring what takes longest to the front where processes share the tests: a ComfyUI's, where one is."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        rank = {name: place for place, name in enumerate(LONGEST)}
-        items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+        rank = {"sharing": -1} | {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(group_of(item.nodeid), rank.get(item.path.name, len(LONGEST))))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -80,10 +86,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::", 1)[0]
-            return file if set(SHARING).isdisjoint(Path(file).parts) else "sharing"
+            return group_of(nodeid)
 
-    config.option.loadscopereorder = False  # by the number of their tests
+    config.option.loadscopereorder = False  # files stay in their order: not those with the most tests first
     return Files(config, log)
 
 

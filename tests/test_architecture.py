@@ -287,3 +287,11 @@ def test_every_public_name_of_the_front_door_can_be_had():
     assert all(getattr(star_core, name) is not None for name in star_core.__all__)
     with pytest.raises(AttributeError, match="no 'Sta'"):
         _ = star_core.Sta
+
+
+def test_tests_that_share_something_run_in_one_process_and_others_by_their_files():
+    from tests.conftest import group_of
+
+    assert group_of("tests/nodes/test_a.py::test_x[1]") == group_of("tests/e2e/test_b.py::test_y") == "sharing"
+    assert group_of("tests/core/test_a.py::test_x[e2e::y]") == "tests/core/test_a.py"
+    assert group_of("tests/test_architecture.py::test_z") == "tests/test_architecture.py"

@@ -23,7 +23,7 @@ from typing import NoReturn
 import torch
 
 from ..config import square_maps
-from ..model_files import SHIPPED, STAR_FILE, VQVAE_FILE
+from ..model_files import SHIPPED, STAR_FILE, VQVAE_FILE, quoted
 from ..packed import has_bfloat16_products
 from ..presets import read_schedule
 from . import tokenizer, transformer
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> str:
     if not out.exists():
         star, vqvae = args.run / "causal_sampler" / STAR_FILE, args.run / "decoder" / VQVAE_FILE
         assemble(star, vqvae, args.text, out, name=args.name, schedule=args.schedule)
-    return f'python -m star_core sample "a red apple" --checkpoint {shlex.quote(str(out))}'
+    return f'python -m star_core sample "a red apple" --checkpoint {quoted(out)}'
 
 
 def check(args: argparse.Namespace) -> None:

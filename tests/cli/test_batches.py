@@ -95,12 +95,13 @@ def test_free_memory_is_known_where_it_can_be(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "free"), [("5000", 3300), ("1500", 0), ("max", 10 * 1024), (None, 10 * 1024)]
+    ("limit", "free"),
+    [("5000", 3300), ("1500", 0), ("max", 10 * 1024), (str(2**63 - 4096), 10 * 1024), (None, 10 * 1024)],
 )
 def test_a_container_may_take_less_than_the_machine_has(limit, free, monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemAvailable: 10 kB\n")
     (tmp_path / "now").write_text("2000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 300\nactive_file 9\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 20\nactive_file 9\ntotal_inactive_file 300\n")
     if limit is not None:
         (tmp_path / "most").write_text(f"{limit}\n")
     monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from star_core import eight_bit, slices, star, vqvae
-from star_core.__main__ import main
+from star_core.__main__ import _say, main
+from star_core.model_files import quoted
 from star_core.packed import has_bfloat16_products
 from star_core.pictures import Recipe, read_recipe, save_png
 
@@ -318,6 +319,14 @@ def test_inspect_says_that_a_file_is_not_there(name, tmp_path, capsys):
     assert f"{tmp_path / name}: no such file or folder" in capsys.readouterr().err
 
 
+def test_a_command_s_path_is_quoted_as_the_system_s_shell_takes_it(monkeypatch):
+    plain, spaced = Path("a/b.pth"), Path("a folder/it's.pth")
+    assert (quoted(plain), quoted(spaced)) == ("a/b.pth", "'a folder/it'\"'\"'s.pth'")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.name", "nt")
+        assert quoted(spaced) == f'"{spaced}"'
+
+
 def test_inspect_sends_a_pickle_to_convert(tmp_path, capsys):
     pickled = tmp_path / "var" / "d16 256.pth"
     pickled.parent.mkdir()
@@ -326,7 +335,7 @@ def test_inspect_sends_a_pickle_to_convert(tmp_path, capsys):
         assert main(["inspect", str(place)]) == 2
         error = capsys.readouterr().err
         assert str(place) in error
-        assert f'python -m star_core convert "{pickled}" --out FOLDER' in error
+        assert f"python -m star_core convert {quoted(pickled)} --out FOLDER" in error
     pickled.unlink()
     assert main(["inspect", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"star_core: {tmp_path}: no safetensors file in it\n"
@@ -406,6 +415,12 @@ def test_what_standard_output_s_encoding_lacks_is_escaped(sample, tmp_path, monk
         patch.setattr(sys, "stdout", output)
         assert sample("cat", "--count", 2, "--batch", 2, "--folder", folder)[0] == 0
     assert output.buffer.getvalue().count(b"\\u56fe") == 2
+    # Where the system writes a file name's own bytes, they stay them.
+    with monkeypatch.context() as patch:
+        kept = io.TextIOWrapper(io.BytesIO(), "ascii", errors="surrogateescape")
+        patch.setattr(sys, "stdout", kept)
+        _say("caf\udce9")
+    assert kept.buffer.getvalue() == b"caf\xe9\n"
     assert len(list(folder.iterdir())) == 2
 
 

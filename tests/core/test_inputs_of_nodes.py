@@ -177,7 +177,7 @@ def test_a_mask_with_white_that_redraws_nothing_is_refused(paired, ask, make_sch
     redraw[1, 3:5] = 1  # half of no cell: of four rows, one in each of two
     with pytest.raises(ValueError, match=r"half of no token's cell.*6x4 tokens.*grow it"):
         keep_outside(steps, redraw)
-    redraw[1, 2] = 1
+    redraw[1, 2] = redraw[0, 3, 3] = 1
     assert not keep_outside(steps, redraw).masks[-1][1].all()
     assert keep_outside(steps, 0.4 * redraw).masks[-1].all(), "grey is no white"
 

@@ -64,13 +64,13 @@ def test_a_layer_in_strips_is_the_layer_in_half_precision_too(small_strips: int)
     torch.testing.assert_close(added, base + found)
 
 
-@torch.no_grad()
 def test_the_moments_need_no_wider_numbers_of_a_device_than_it_has(poor_device: Callable):
     with poor_device():
         mean, variance = slices._moments(torch.empty(1, 8, 6, 5, device="meta"), 4)
     assert (mean.dtype, variance.dtype) == (torch.float32, torch.float32)
 
 
+@torch.no_grad()
 def test_the_moments_of_a_large_map_are_right_to_many_digits():
     # Summed up one by one in float32 a million numbers of this mean lose their deviation.
     x = (100 + random_map(1, 8, 1024, 1024) / 8).bfloat16().to(memory_format=LAYOUT)

@@ -386,7 +386,7 @@ def test_a_configuration_may_begin_with_a_mark_of_its_bytes_order(folder, encode
 def test_half_a_character_in_a_prompt_is_refused(encoder):
     words = encoder.words
     for ask in (lambda text: encoder.encode(["whole", text]), words.measure):
-        with pytest.raises(ValueError, match=r"half a character at its place 3.*write it anew"):
+        with pytest.raises(ValueError, match=r"half a character.* at its place 3: write it anew"):
             ask("a \ud83d car")
 
 

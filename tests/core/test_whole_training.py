@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on_where_it_was(
         (["--transformer", "--corruption 2"], "--transformer: argument --corruption"),
         (["--sides", "4"], "2 scales or more"),
         (["--sides", "1", "2", "8"], "--sides 1 2 8: of pictures of 16 px"),
-        (["--size", "8"], "8"),
+        (["--size", "8"], "no 8 px pictures"),
         (["--tokenizer", "--channels 30"], "30"),
         (["--transformer", "--width 32"], "--width 32: heads have 64 each"),
         (["--decoder", "--batch 20000"], "--decoder: .* pictures do not fill a batch of 20000"),

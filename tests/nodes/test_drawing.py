@@ -158,6 +158,11 @@ def test_a_black_mask_gives_the_start_picture_back_and_the_node_says_so(comfy, p
     ran = inpainted(comfy, prompt, np.zeros((1, 64, 64)))
     assert ran.tokens("painted") == ran.tokens()
     assert any(node == "again" and "nothing is drawn anew" in text for node, text in ran.texts)
+    masks = np.zeros((2, 64, 64))
+    masks[1, :, 32:] = masks[0, 5, 5] = 1
+    ran = inpainted(comfy, prompt, masks, batch_size=2)
+    assert len(ran.tokens("painted")) == 6, "a speck beside another picture's mask is no reason to refuse it"
+    assert any("the masks of 1 of 2 pictures" in text for node, text in ran.texts if node == "again")
 
 
 def test_a_mask_of_another_shape_than_the_picture_s_is_told_of(comfy, prompt):
@@ -233,8 +238,8 @@ def test_a_grid_lays_pictures_out_with_a_label_under_each(comfy, empty_prompt):
         ("red", "own", ""),
         ("é", "own", ""),
         ("红车", "wide", ""),
-        ("é红車", "wide", "the letters 車;"),
-        ("🚗", "own", "the letters 🚗;"),
+        ("é红車", "wide", "boxes stand for 車:"),
+        ("🚗", "own", "boxes stand for 🚗:"),
     ],
 )
 def test_labels_are_written_in_a_font_that_has_their_letters(comfy, text, font, said):

@@ -274,10 +274,17 @@ def test_numbers_below_0_that_come_over_a_link_are_refused(comfy, prompt):
     )
     graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0], last_scale=["less", 0])
     refused(comfy.run(graph.probe("decode", name="shown")), "last_scale is -1", "6 scales")
+    graph = graph.change("decode", last_scale=0)
+    graph.add("grid", "StarLabelledGrid", images=["decode", 0], columns=["less", 0])
+    refused(comfy.run(graph.probe("grid", name="grid")), "columns is -1")
+    graph = prompt().add("none", "TestNumber", text="0")
+    graph.add("both", "StarPromptFromScale", conditioning=["text", 0], later=["text", 0])
+    graph = graph.change("both", start_scale=["none", 0]).change("sample", positive=["both", 0])
+    refused(comfy.run(graph), "start_scale is 0", "counted from 1")
 
 
 def test_half_an_emoji_in_a_prompt_is_refused(comfy, prompt):
-    refused(comfy.run(prompt(text="a red \ud83d car")), "half a character at its place 7", "\\ud83d")
+    refused(comfy.run(prompt(text="a red \ud83d car")), "half a character", "its place 7", "\\ud83d")
 
 
 def test_scales_beyond_the_model_s_are_refused(comfy, prompt):
