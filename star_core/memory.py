@@ -12,6 +12,9 @@ BLOCK_COPIES = 14
 """Tensors of (R, n, C) alive at a block's peak: input, norm, q, k, v and turned copies, the FFN's four."""
 LOGIT_COPIES = 6
 """Tensors of (R, n, V) in float32 while a token is drawn: logits, guided, sorted with their indices, sums."""
+MOST_NUMBERS = 2**31 - 1
+"""Of a map that a convolution takes or makes. GPUs' libraries may count in 32 bits, and read elsewhere beyond
+(pytorch/pytorch#117736)."""
 DECODER_COPIES = 6
 """Tensors of (B, C, H, W) at the decoder's widest level."""
 
@@ -45,6 +48,17 @@ def decoding_bytes(config: VQVAEConfig, token_map: TokenMap, pictures: int, *, i
         for level, multiplier in enumerate(config.channel_multipliers)
     )
     return DECODER_COPIES * pictures * pixels * widest * itemsize
+
+
+def pictures_at_once(config: VQVAEConfig, token_map: Sequence[int]) -> int:
+    """Return how many pictures of a latent size the VQ-VAE may compute together, one at least."""
+    pixels = token_map[0] * token_map[1] * config.downsample * config.downsample
+    # A level's maps are as wide as it is at the size of the finer one, too: enlarged, before their convolution.
+    widest = max(
+        pixels * config.base_channels * multiplier // (1 << 2 * max(0, level - 1))
+        for level, multiplier in enumerate(config.channel_multipliers)
+    )
+    return max(1, MOST_NUMBERS // widest)
 
 
 def is_out_of_memory(error: Exception) -> bool:

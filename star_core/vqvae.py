@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import VQVAEConfig
 from .kernels import fused
+from .memory import pictures_at_once
 from .quantizer import MultiScaleQuantizer
 from .slices import enlarged_conv, in_strips, norm_silu_conv, worth_slicing
 
@@ -27,7 +28,8 @@ LAYOUT = torch.channels_last
 def norm_silu(x: Tensor, norm: nn.GroupNorm, bias: Tensor | None = None) -> Tensor:
     """Return silu(norm(x + bias)) of x (B, C, h, w), bias (C,): x may be used up where there is one."""
     if bias is not None:
-        x = x + bias.to(x).view(-1, 1, 1)
+        bias = bias.to(x).view(-1, 1, 1)
+        x = x + bias if torch.is_grad_enabled() else x.add_(bias)
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
@@ -289,12 +291,18 @@ class VQVAE(nn.Module):
         step = self.config.downsample
         if height % step or width % step:
             raise ValueError(f"pictures of {width}x{height} pixels: both sides must be multiples of {step}")
+        together = pictures_at_once(self.config, (height // step, width // step))
+        if len(pictures) > together:
+            return torch.cat([self.encode(some) for some in pictures.split(together)])
         pictures = pictures.to(self.dtype, memory_format=LAYOUT)
         features: Tensor = self.quant_conv(self.encoder(pictures))
         return features.float()
 
     def decode(self, f_hat: Tensor) -> Tensor:
         """Return the pictures (B, 3, h * f, w * f) of f_hat (B, D, h, w), clamped to [-1, 1], float32."""
+        together = pictures_at_once(self.config, f_hat.shape[2:])
+        if len(f_hat) > together:
+            return torch.cat([self.decode(some) for some in f_hat.split(together)])
         f_hat = f_hat.to(self.dtype, memory_format=LAYOUT)
         pictures = self.decoder(self.post_quant_conv(f_hat))
         return pictures.float().clamp(-1, 1)  # type: ignore[no-any-return]  # Module call: Any

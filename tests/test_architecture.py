@@ -51,7 +51,7 @@ ALLOWED = {
     "sampling": {"kernels", "transfer"},
     "attention": {"kernels", "rope"},
     "quantizer": {"config"},
-    "vqvae": {"config", "kernels", "quantizer", "slices"},
+    "vqvae": {"config", "kernels", "memory", "quantizer", "slices"},
     "transformer": {"attention", "config", "kernels", "rope", "transfer"},
     "causal_sampler": {"config", "rope", "sampling", "schedule", "transfer", "transformer"},
     "key_tables": set(),

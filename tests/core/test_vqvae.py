@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from star_core import memory
+from star_core.config import VQVAEConfig
+from star_core.memory import pictures_at_once
 from star_core.vqvae import LAYOUT, VQVAE, SpatialAttention
 
 
@@ -63,6 +66,24 @@ def test_pictures_of_a_batch_never_touch_each_other(vqvae: VQVAE):
         alone = vqvae.encode(batch[row : row + 1])
         torch.testing.assert_close(alone, features[row : row + 1], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(vqvae.decode(alone), decoded[row : row + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_as_many_pictures_are_computed_together_as_32_bits_count(vqvae: VQVAE, monkeypatch: pytest.MonkeyPatch):
+    # 160 channels of a million pixels: the thirteenth picture would pass 2 ** 31.
+    assert pictures_at_once(VQVAEConfig(), (64, 64)) == 12
+    assert pictures_at_once(VQVAEConfig(channel_multipliers=(1, 4, 2)), (256, 256)) == 3
+    assert pictures_at_once(VQVAEConfig(), (1024, 1024)) == 1
+    batch = pictures(5)
+    features = vqvae.encode(batch)
+    decoded = vqvae.decode(features)
+    sizes: list[int] = []
+    for part in (vqvae.encoder, vqvae.decoder):
+        part.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    largest = 16 * 24 * 8 * 2  # a picture's numbers where it is widest: the second level, enlarged
+    monkeypatch.setattr(memory, "MOST_NUMBERS", 2 * largest)
+    torch.testing.assert_close(vqvae.encode(batch), features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vqvae.decode(features), decoded, atol=1e-5, rtol=1e-5)
+    assert sizes == [2, 2, 1, 2, 2, 1]
 
 
 def test_what_is_written_in_place_without_gradients_is_nobodys(vqvae: VQVAE):
