@@ -32,8 +32,7 @@ def keep_outside(steps: Sequence[ScaleStep], redraw: Tensor) -> KeptTokens:
             " encode the picture (VQ Decode, VQ Encode), or draw it without smooth"
         )
     masks = tuple(_kept(redraw, step.token_map) for step in steps)
-    white = (redraw >= REDRAWN_SHARE).flatten(1).any(dim=1)
-    if masks[-1].all() and white.any():
+    if masks[-1].all() and (redraw >= REDRAWN_SHARE).any():
         height, width = steps[-1].token_map
         raise ValueError(
             "the mask's white is too thin: it covers half of no token's cell, even at the last scale of"
