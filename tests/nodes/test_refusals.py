@@ -275,7 +275,7 @@ def test_numbers_below_0_that_come_over_a_link_are_refused(comfy, prompt):
     graph.add("decode", "StarVQDecode", vqvae=["load", 2], tokens=["sample", 0], last_scale=["less", 0])
     refused(comfy.run(graph.probe("decode", name="shown")), "last_scale is -1", "6 scales")
     graph = graph.change("decode", last_scale=0)
-    graph.add("grid", "StarLabelledGrid", images=["decode", 0], columns=["less", 0])
+    graph.add("grid", "StarLabelledGrid", images=["decode", 0], labels="", columns=["less", 0])
     refused(comfy.run(graph.probe("grid", name="laid")), "columns is -1")
     graph = prompt().add("none", "TestNumber", text="0")
     graph.add("both", "StarPromptFromScale", conditioning=["text", 0], later=["text", 0])
