@@ -211,11 +211,13 @@ def _converted(path: Path) -> Path:
     """Refuse an original checkpoint, with the command that converts it."""
     if path.suffix.lower() not in ORIGINAL:
         return path
+    from ..star_core.model_files import quoted
+
     out = path.parent / path.stem
     raise ValueError(
         f"{path.name} is an original PyTorch file, which is not opened here (a pickle can run code). Convert"
-        f' it once, in the folder of this pack: python -m star_core convert "{path}" --out "{out}" (add'
-        " --preset where it asks for one), then choose the .safetensors file"
+        f" it once, in the folder of this pack: python -m star_core convert {quoted(path)} --out {quoted(out)}"
+        " (add --preset where it asks for one), then choose the .safetensors file"
     )
 
 
